@@ -1,0 +1,61 @@
+"""Open the observers, show them data, close them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_quant import distributed
+from lightning_quant.attach import quantizers
+from lightning_quant.errors import explain
+
+
+def open_observers(model: nn.Module, on: bool) -> None:
+    """Let the static activation quantizers note ranges in their forwards, or stop them."""
+    for _, q in quantizers(model):
+        q.observing = on and not q.is_weight and not q.spec.dynamic
+
+
+def commit_ranges(model: nn.Module) -> None:
+    """Reduce over ranks what was noted since the last commit and take it into the ranges."""
+    pending = [(q, q.pending) for _, q in quantizers(model) if q.pending is not None]
+    reduced = distributed.reduce_ranges([p for _, p in pending])
+    for (q, _), ranges in zip(pending, reduced, strict=True):
+        q.pending = ranges
+        q.commit()
+
+
+def calibrate(model: nn.Module, batches: Iterable[Any]) -> int:
+    """Set static activation ranges from data, without training.
+
+    Args:
+        model: A model with quantizers; left in the mode it was in.
+        batches: Each a mapping (keyword arguments), a tuple or list (positional), or one tensor.
+
+    Returns:
+        How many batches were seen.  Under a process group every rank must pass the same number.
+    """
+    training = model.training
+    model.eval()
+    open_observers(model, True)
+    seen = 0
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                if isinstance(batch, Mapping):
+                    model(**batch)
+                elif isinstance(batch, (tuple, list)):
+                    model(*batch)
+                else:
+                    model(batch)
+                commit_ranges(model)
+                seen += 1
+    finally:
+        open_observers(model, False)
+        model.train(training)
+    if seen == 0:
+        raise ValueError(explain("calibrate", "at least one batch", 0, "Pass representative inputs."))
+    return seen

@@ -1,0 +1,206 @@
+"""QuantController: drives quantizers through a training run.  Knows no framework.
+
+Everything it does is a function of the optimizer step, so resuming needs the step alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_quant.attach import Report, attach, check_coverage, is_attached, quantizers
+from lightning_quant.calibration import commit_ranges, open_observers
+from lightning_quant.errors import AttachError, explain
+from lightning_quant.estimators import build_estimator
+from lightning_quant.optim import split_groups
+from lightning_quant.quantizer import FakeQuantizer
+from lightning_quant.spec import QuantConfig
+
+STATE_VERSION = 1
+
+
+class QuantController:
+    """One training run's quantization: attach, schedules, observers, coverage, metrics.
+
+    The front end calls, in this order: ``prepare`` before the optimizer exists, ``begin`` once the run's
+    length is known, ``on_step`` before each forward of training, ``before_optimizer_step`` and
+    ``after_optimizer_step`` around each update, ``on_eval`` before and ``end_eval`` after evaluation.
+
+    Args:
+        config: What to quantize and how; checked here, before any work.
+    """
+
+    def __init__(self, config: QuantConfig) -> None:
+        self.config = config
+        self.estimator = build_estimator(config.method, dict(config.options))
+        self.schedules = dict(self.estimator.schedules())
+        self.report: Report | None = None
+        self.total_steps: int | None = None
+        self.step = 0
+        self._model: nn.Module | None = None
+        self._trained = self._evaluated = False
+        self._quantizers: list[FakeQuantizer] = []
+        self._weights: list[tuple[FakeQuantizer, nn.Module]] = []
+
+    def prepare(self, model: nn.Module) -> Report | None:
+        """Attach, unless the model already holds quantizers (a second stage of the same run)."""
+        self._model = model
+        if not is_attached(model):
+            self.report = attach(model, self.config)
+        return self.report
+
+    def begin(self, total_steps: int | None) -> None:
+        """Fix the length of the run.
+
+        Args:
+            total_steps: Optimizer steps in all, None if unknown.
+
+        Raises:
+            ValueError: A schedule needs the length and it is not known.
+            AttachError: A state that cannot follow its sharded weight.
+        """
+        self.total_steps = total_steps
+        for schedule in self.schedules.values():
+            schedule(0, total_steps)
+        self._quantizers = [q for _, q in quantizers(self.model)]
+        self._weights = []
+        for path, module in self.model.named_modules():
+            q = getattr(module, "weight_quant", None)
+            if isinstance(q, FakeQuantizer) and "step" in q._buffers and "theta" in q._buffers:
+                if hasattr(module.weight, "to_local"):
+                    raise AttachError(
+                        explain(path, "a whole weight for a uint8 Theta", "a sharded one", 'Use theta="group".')
+                    )
+                self._weights.append((q, module))
+        self._trained = self._evaluated = False
+
+    @property
+    def model(self) -> nn.Module:
+        """The model given to ``prepare``."""
+        if self._model is None:
+            raise RuntimeError("QuantController: expected prepare(model) first, got no model. Call prepare.")
+        return self._model
+
+    def values(self, step: int | None = None) -> dict[str, float]:
+        """The scheduled values at an optimizer step (default: the current one)."""
+        at = self.step if step is None else step
+        return {name: schedule(at, self.total_steps) for name, schedule in self.schedules.items()}
+
+    def on_step(self, step: int, loss_scale: float | Tensor = 1.0, measure: bool = False) -> None:
+        """Before a training forward: fill the scheduled buffers, open or close the observers.
+
+        Args:
+            step: Optimizer steps done so far.
+            loss_scale: What the gradient of the mean loss is multiplied with in this backward: the
+                gradient scaler's factor over the number of accumulated micro-batches.
+            measure: Let the forward measure errors for ``metrics``.
+        """
+        self.step = step
+        for name, value in self.values().items():
+            scaled = value * loss_scale if name == "lam" else value
+            _fill([q._buffers[name] for q in self._quantizers if name in q._buffers], scaled)
+        _fill([q._buffers["step"] for q in self._quantizers if "step" in q._buffers], step)
+        observing = step < self.config.calibration
+        if observing or any(q.observing for q in self._quantizers):
+            open_observers(self.model, observing)
+        for q in self._quantizers:
+            if q.measuring != measure:
+                q.measuring = measure
+
+    def before_optimizer_step(self) -> None:
+        """After backward: update state that no optimizer holds."""
+        for q, module in self._weights:
+            q.estimator.before_optimizer_step(q, module.weight)  # type: ignore[arg-type]
+
+    def after_optimizer_step(self) -> None:
+        """After an update: take observed ranges in, project learned state, check coverage once."""
+        commit_ranges(self.model)
+        _floor_scales(self._quantizers)
+        for q in self._quantizers:
+            q.estimator.project(q)
+        if not self._trained:
+            self._trained = True
+            check_coverage(self.model, self.config.coverage, "training")
+
+    def on_eval(self) -> None:
+        """Before evaluation: observers closed, nothing measured."""
+        open_observers(self.model, False)
+        for _, q in quantizers(self.model):
+            q.measuring = False
+
+    def after_eval_batch(self) -> None:
+        """After the first evaluation batch of the run: check coverage."""
+        if not self._evaluated:
+            self._evaluated = True
+            check_coverage(self.model, self.config.coverage, "evaluation")
+
+    def split_groups(self, optimizers: list[Optimizer], schedulers: list[Any]) -> None:
+        """Give the quantizers' parameters their own optimizer groups: see ``optim.split_groups``."""
+        split_groups(optimizers, schedulers, self.model, self.config)
+
+    def metrics(self) -> dict[str, float]:
+        """Scheduled values now, and means over quantizers of state and of what the last forward measured."""
+        out = dict(self.values())
+        sums: dict[str, list[Tensor]] = {}
+        for q in self._quantizers:
+            name = "error" if q.is_weight else "input_error"
+            if "error" in q.measured:
+                sums.setdefault(name, []).append(q.measured["error"])
+            if "progressive_loss" in q.measured:
+                sums.setdefault("progressive_loss", []).append(q.measured["progressive_loss"])
+            for key, value in q.estimator.metrics(q).items():
+                sums.setdefault(key, []).append(value)
+        for key, values in sums.items():
+            stacked = torch.stack([v.float() for v in values])
+            out[key] = float(stacked.sum() if key == "progressive_loss" else stacked.mean())
+        return out
+
+    def state_dict(self) -> dict[str, Any]:
+        """Version, config and step: plain types."""
+        return {"version": STATE_VERSION, "step": self.step, "config": self.config.to_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the step over; refuse a run that was trained with another grid.
+
+        Raises:
+            ValueError: Another version, or another config where it decides what the weights mean.
+        """
+        if state.get("version") != STATE_VERSION:
+            raise ValueError(
+                explain(
+                    "QuantController state", f"version {STATE_VERSION}", state.get("version"), "Retrain, or convert."
+                )
+            )
+        now = self.config.to_dict()
+        for key in ("method", "weight", "activation", "rules", "options"):
+            if state["config"].get(key) != now[key]:
+                raise ValueError(
+                    explain(
+                        f"QuantController state, {key}",
+                        f"the checkpoint's {state['config'].get(key)!r}",
+                        repr(now[key]),
+                        "Resume with the config the run was started with.",
+                    )
+                )
+        self.step = int(state["step"])
+
+
+def _fill(buffers: list[Tensor | None], value: float | Tensor) -> None:
+    tensors = [b for b in buffers if b is not None]
+    if not tensors:
+        return
+    torch._foreach_zero_(tensors)
+    if isinstance(value, Tensor):
+        value = value.to(tensors[0].device)
+    torch._foreach_add_(tensors, value)
+
+
+@torch.no_grad()
+def _floor_scales(all_quantizers: list[FakeQuantizer]) -> None:
+    """Learned scales stay positive: at least 1e-6 (real), which no trained scale comes near."""
+    scales = [q.scale.data for q in all_quantizers if isinstance(q._parameters.get("scale"), nn.Parameter) and q.ready]
+    if scales:
+        torch._foreach_clamp_min_(scales, 1e-6)

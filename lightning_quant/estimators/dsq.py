@@ -1,0 +1,106 @@
+"""Differentiable soft quantization: the backward pass sees a staircase of tanh curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_quant.errors import explain
+from lightning_quant.estimators.base import Bins, Estimator, Gradient
+from lightning_quant.schedule import Schedule, as_schedule
+
+if TYPE_CHECKING:
+    from lightning_quant.quantizer import FakeQuantizer
+
+
+@dataclass(frozen=True)
+class Dsq(Estimator):
+    """DSQ with a hard forward.
+
+    With r in [-1/2, 1/2] the place between two levels, s = 1 / (1 - alpha), K = ln(2/alpha - 1):
+    ``g_x = g * (s K / 2) * sech^2(K r)``; the slope's mean over a bin is 1.
+    ``g_alpha = sum g * (scale/2) * (s^2 tanh(K r) - s * 2r / (alpha (2 - alpha)) * sech^2(K r))``.
+
+    Args:
+        alpha: ``"learned"`` (one per quantizer, starting at ``initial``), a number in (0, 1), or the fields
+            of a ``Schedule``; the classic annealing is ``{"curve": "linear", "start": 0.2, "end": 0.02}``.
+        initial: Where a learned alpha starts.
+        floor: Smallest learned alpha.
+        ceiling: Largest learned alpha (alpha near 1 is the straight-through estimator).
+        state_lr: Learning rate of alpha as a factor on its layer's.
+
+    Source: Gong et al., "Differentiable Soft Quantization", ICCV 2019, arXiv:1908.05033, eqs. 5-9.
+    Deviation: the range is one learned scale (LSQ's gradient) instead of two learned bounds; the forward is
+    the hard staircase at training time too, as in the authors' training pipeline.
+    """
+
+    alpha: Any = "learned"
+    initial: float = 0.2
+    floor: float = 1e-3
+    ceiling: float = 0.5
+    state_lr: float = 1.0
+    learns_scale: ClassVar[bool] = True
+    _schedule: Schedule | None = field(init=False, repr=False, default=None)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.floor <= self.initial <= self.ceiling < 1:
+            got = (self.floor, self.initial, self.ceiling)
+            raise ValueError(explain("dsq", "0 < floor <= initial <= ceiling < 1", got, "The paper starts at 0.2."))
+        if self.alpha != "learned":
+            schedule = as_schedule(self.alpha, "dsq.alpha")
+            if not (0 < schedule.start < 1 and 0 < schedule.end < 1):
+                raise ValueError(explain("dsq.alpha", "values in (0, 1)", self.alpha, "MQBench fixes it at 0.4."))
+            object.__setattr__(self, "_schedule", schedule)
+
+    @property
+    def needs_bins(self) -> bool:
+        """Always."""
+        return True
+
+    def schedules(self) -> Mapping[str, Schedule]:
+        """Alpha over optimizer steps, unless it is learned."""
+        return {} if self._schedule is None else {"alpha": self._schedule}
+
+    def state(self, quantizer: FakeQuantizer) -> None:
+        """A learned alpha is a parameter of shape (1,)."""
+        if self._schedule is None:
+            start = torch.full((1,), self.initial, dtype=quantizer.dtype, device=quantizer.device)
+            quantizer.register_parameter("alpha", nn.Parameter(start))
+
+    def learned(self, quantizer: FakeQuantizer) -> Mapping[str, float]:
+        """Alpha, if it is learned."""
+        return {"alpha": self.state_lr} if self._schedule is None else {}
+
+    def inputs(self, quantizer: FakeQuantizer, x: Tensor) -> tuple[Tensor, ...]:
+        """Alpha, shape (1,) or 0-dim."""
+        return (quantizer.alpha,)
+
+    def gradient(self, g: Tensor, bins: Bins | None, inputs: tuple[Tensor, ...]) -> Gradient:
+        """See the class."""
+        assert bins is not None
+        (alpha,) = inputs
+        a = alpha.to(g.dtype)
+        s = 1 / (1 - a)
+        hardness = torch.log(2 / a - 1)
+        r = bins.offset()
+        t = torch.tanh(r * hardness)
+        bell = 1 - t * t
+        task = (bell * g).mul_(s * hardness / 2)
+        if self._schedule is not None:
+            return Gradient(task, task, (None,))
+        pulled = t.mul_(s * s).sub_(bell.mul_(r).mul_(2 * s / (a * (2 - a))))
+        grad = pulled.mul_(g).mul_(bins.scale).sum().mul_(0.5)
+        return Gradient(task, task, (grad.to(alpha.dtype).reshape(alpha.shape),))
+
+    def project(self, quantizer: FakeQuantizer) -> None:
+        """Keep a learned alpha inside [floor, ceiling]."""
+        if self._schedule is None:
+            quantizer.alpha.data.clamp_(self.floor, self.ceiling)
+
+    def metrics(self, quantizer: FakeQuantizer) -> Mapping[str, Tensor]:
+        """Mean alpha."""
+        return {"alpha": quantizer.alpha.detach().float().mean()}

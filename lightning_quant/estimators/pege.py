@@ -1,0 +1,238 @@
+"""Progressive element-wise gradient estimation with a learned surrogate per element, group or channel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_quant.errors import explain, unknown
+from lightning_quant.estimators.base import Bins, Estimator, Gradient
+from lightning_quant.noise import uniform
+from lightning_quant.schedule import Schedule, as_schedule
+
+if TYPE_CHECKING:
+    from lightning_quant.quantizer import FakeQuantizer
+
+THETA = ("element", "group", "channel")
+THETA_DTYPES = ("uint8", "float32")
+GROUP = 64
+ADAM_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Pege(Estimator):
+    """PEGE with a learned surrogate F.
+
+    In code units, with r in [-1/2, 1/2] the place between two levels, T = tanh(k/2), phi = tanh(k r)/(2T):
+    ``F(u) = u + b * (phi - r)``, ``D = dF/du = 1 + b * (k sech^2(k r)/(2T) - 1)``; b = 0 is the
+    straight-through estimator, b = 1 with k = ln(2/alpha - 1) is DSQ.  The forward is hard; backward, with
+    e = scale * (F - Q), the error of the surrogate:
+    ``g_x = (g + 2 lam(t) e) * D``, ``g_b = sum scale * (g + 2 lam(t) e) * (phi - r)``: the gradient of the
+    task loss passed straight to F plus that of the progressive loss ``lam(t) * ||F(x) - Q(x)||^2``
+    (sum over a weight's elements, mean over an activation's), in which Q and the scale are constants.
+
+    Args:
+        theta: What shares one b: ``element``, ``group`` (the scale's own group, or 64 elements of a row
+            whose scale is per channel or tensor), ``channel``, or ``auto``: the finest whose bytes fit
+            ``theta_bytes``.  Activations always hold one b per channel.
+        theta_bytes: Bytes for all of Theta with its optimizer state (None: no limit); element counts 1
+            byte per weight as uint8 and 16 as float32, groups and channels 16 per b.
+        theta_dtype: ``uint8`` (b = q/255, updated with stochastic rounding and no optimizer state) or
+            ``float32``; only for ``element``.
+        initial: b at the start.
+        sharpness: k: a number, or the fields of a ``Schedule``.
+        lam: lam(t): a number, or the fields of a ``Schedule``.
+        state_lr: Learning rate of b as a factor on its layer's; for uint8, the root mean square of the
+            step of b itself is ``uint8_lr``.
+        uint8_lr: See ``state_lr``.
+
+    Source: the behaviour asked for by the project's brief; the name and the progressive co-optimisation of
+    discretization error are those of Zhao, arXiv:2509.00097 (abstract); see ``pege_replace`` for the
+    replacement curriculum that abstract describes.
+    Deviation: the form of F is our own construction.
+    """
+
+    theta: str = "group"
+    theta_bytes: int | None = None
+    theta_dtype: str = "uint8"
+    initial: float = 0.0
+    sharpness: Any = 4.0
+    lam: Any = field(default_factory=lambda: {"curve": "cosine", "start": 0.0, "end": 1e-3, "delay": 0.3})
+    state_lr: float = 10.0
+    uint8_lr: float = 0.01
+    learns_scale: ClassVar[bool] = True
+    _sharpness: Schedule = field(init=False, repr=False, default=Schedule())
+    _lam: Schedule = field(init=False, repr=False, default=Schedule())
+
+    def __post_init__(self) -> None:
+        if self.theta not in (*THETA, "auto"):
+            raise ValueError(unknown("theta", self.theta, (*THETA, "auto"), "pege.theta"))
+        if self.theta_dtype not in THETA_DTYPES:
+            raise ValueError(unknown("dtype", self.theta_dtype, THETA_DTYPES, "pege.theta_dtype"))
+        if not 0 <= self.initial <= 1:
+            raise ValueError(explain("pege.initial", "a number in [0, 1]", self.initial, "0 starts at STE."))
+        object.__setattr__(self, "_sharpness", as_schedule(self.sharpness, "pege.sharpness"))
+        object.__setattr__(self, "_lam", as_schedule(self.lam, "pege.lam"))
+        if min(self._sharpness.start, self._sharpness.end) <= 0:
+            raise ValueError(explain("pege.sharpness", "values above 0", self.sharpness, "Use 2 to 8."))
+
+    @property
+    def needs_bins(self) -> bool:
+        """Always."""
+        return True
+
+    def schedules(self) -> Mapping[str, Schedule]:
+        """lam(t) and k(t)."""
+        return {"lam": self._lam, "sharpness": self._sharpness}
+
+    def fit(self, rows: Mapping[str, tuple[int, int]], scales: Mapping[str, tuple[int, ...]]) -> Pege:
+        """Choose the granularity of Theta under ``theta_bytes``; explicit choices that exceed it are refused."""
+        if self.theta != "auto" and self.theta_bytes is None:
+            return self
+        weights = sum(math.prod(s) for s in rows.values())
+        bytes_of = {
+            "element": weights * (1 if self.theta_dtype == "uint8" else ADAM_BYTES),
+            "group": ADAM_BYTES * sum(math.prod(_group_shape(rows[p], scales[p])) for p in rows),
+            "channel": ADAM_BYTES * sum(out for out, _ in rows.values()),
+        }
+        for name in THETA if self.theta == "auto" else (self.theta,):
+            if self.theta_bytes is None or bytes_of[name] <= self.theta_bytes:
+                return replace(self, theta=name)
+        sizes = ", ".join(f"{k} {v} bytes" for k, v in bytes_of.items())
+        raise ValueError(
+            explain(
+                "pege.theta_bytes",
+                f"at least what theta={self.theta!r} takes ({sizes})",
+                self.theta_bytes,
+                "Raise theta_bytes, choose theta='channel', or use method='ste', which keeps nothing.",
+            )
+        )
+
+    def state(self, quantizer: FakeQuantizer) -> None:
+        """Theta: a parameter, or a uint8 buffer together with the optimizer step."""
+        if not quantizer.is_weight:
+            b = torch.full((quantizer.channels,), self.initial)
+        elif self.theta == "element":
+            b = torch.full(quantizer.shape, self.initial)
+        elif self.theta == "group":
+            b = torch.full(_group_shape(quantizer.rows, quantizer.scale_shape), self.initial)
+        else:
+            b = torch.full((quantizer.rows[0], 1), self.initial)
+        b = b.to(quantizer.device)
+        if self._is_uint8(quantizer):
+            quantizer.register_buffer("theta", (b * 255).round().to(torch.uint8))
+            quantizer.track_step()
+        else:
+            quantizer.register_parameter("theta", nn.Parameter(b.to(quantizer.dtype)))
+
+    def _is_uint8(self, quantizer: FakeQuantizer) -> bool:
+        return quantizer.is_weight and self.theta == "element" and self.theta_dtype == "uint8"
+
+    def learned(self, quantizer: FakeQuantizer) -> Mapping[str, float]:
+        """Theta, unless it is uint8."""
+        return {} if self._is_uint8(quantizer) else {"theta": self.state_lr}
+
+    def view(self, quantizer: FakeQuantizer, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows cut into Theta's groups where the scale's blocks are coarser."""
+        if not quantizer.is_weight or self.theta != "group" or quantizer.granularity.kind == "group":
+            return x, scale
+        groups = quantizer.theta.shape[1]
+        rows = x.reshape(quantizer.theta.shape[0], groups, -1)
+        return rows, scale.reshape(-1, 1, 1) if scale.numel() > 1 else scale
+
+    def inputs(self, quantizer: FakeQuantizer, x: Tensor) -> tuple[Tensor, ...]:
+        """B lifted to broadcast against ``x``, the sharpness, the pull's factor."""
+        return self._b(quantizer, x), quantizer.sharpness, quantizer.pull_factor(x)
+
+    def _b(self, quantizer: FakeQuantizer, x: Tensor) -> Tensor:
+        b = quantizer.theta
+        if b.dtype == torch.uint8:
+            b = b.to(quantizer.dtype).mul_(1 / 255)
+        if not quantizer.is_weight:
+            return b.reshape(-1, *(1,) * (x.ndim - 1 - quantizer.channel_axis % x.ndim))
+        if self.theta == "element":
+            return quantizer.granularity.view(b).reshape(x.shape)
+        return b.reshape(b.shape[0], *(1,) * (x.ndim - 1)) if self.theta == "channel" else b.unsqueeze(-1)
+
+    def gradient(self, g: Tensor, bins: Bins | None, inputs: tuple[Tensor, ...]) -> Gradient:
+        """See the class."""
+        assert bins is not None
+        b, sharpness, factor = inputs
+        surrogate = _Surrogate.at(bins, b, sharpness)
+        total = surrogate.error.mul(bins.scale).mul_(factor).add_(g)
+        slope = surrogate.slope
+        grad_b = None
+        if b.requires_grad or b.dtype.is_floating_point:
+            grad_b = (total * surrogate.gap).mul_(bins.scale).sum_to_size(b.shape).to(b.dtype)
+        return Gradient(total.mul_(slope), g * slope, (grad_b, None, None))
+
+    def penalty(self, quantizer: FakeQuantizer, x: Tensor, scale: Tensor, zero: Tensor | float) -> Tensor | None:
+        """lam(t) * ||F(x) - Q(x)||^2."""
+        b, sharpness, factor = self.inputs(quantizer, x)
+        bins = quantizer.bins(x, scale, zero)
+        error = _Surrogate.at(bins, b, sharpness).error * scale
+        return error.square().sum() * factor / 2
+
+    def project(self, quantizer: FakeQuantizer) -> None:
+        """Keep b inside [0, 1]."""
+        if quantizer.theta.is_floating_point():
+            quantizer.theta.data.clamp_(0.0, 1.0)
+
+    def before_optimizer_step(self, quantizer: FakeQuantizer, weight: Tensor) -> None:
+        """Step of a uint8 Theta: b -= uint8_lr * g_b / rms(g_b), rounded stochastically to 1/255.
+
+        g_b comes from the weight's own, already reduced, gradient: (g + 2 lam e) = g_x / D.  Being
+        normalised it does not see loss scaling, clipping or accumulation.
+        """
+        if not self._is_uint8(quantizer) or weight.grad is None:
+            return
+        with torch.no_grad():
+            view, scale, zero = quantizer.blocks(weight.detach())
+            g = quantizer.granularity.view(weight.grad).reshape(view.shape).float()
+            b, sharpness, _ = self.inputs(quantizer, view)
+            bins = quantizer.bins(view, scale, zero)
+            surrogate = _Surrogate.at(bins, b, sharpness)
+            grad = (g / surrogate.slope.clamp(min=1e-3)).mul_(surrogate.gap).mul_(scale).nan_to_num_(0.0, 0.0, 0.0)
+            rms = grad.square().mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+            moved = b * 255 - grad.mul_(self.uint8_lr * 255 / rms)
+            noise = uniform(moved.shape, quantizer.step, quantizer.salt)
+            q = (moved + noise).floor_().clamp_(0, 255).to(torch.uint8)
+            flat = quantizer.granularity.view(quantizer.theta)
+            quantizer.theta.copy_(quantizer.granularity.unview(q.reshape(flat.shape), quantizer.theta.shape))
+
+    def metrics(self, quantizer: FakeQuantizer) -> Mapping[str, Tensor]:
+        """Mean b."""
+        theta = quantizer.theta.detach()
+        return {"theta": theta.float().mean() / (255 if theta.dtype == torch.uint8 else 1)}
+
+
+@dataclass(frozen=True)
+class _Surrogate:
+    """F at some inputs: D = dF/du, phi - r = dF/db, and F - code, all in code units."""
+
+    slope: Tensor
+    gap: Tensor
+    error: Tensor
+
+    @staticmethod
+    def at(bins: Bins, b: Tensor, sharpness: Tensor) -> _Surrogate:
+        r = bins.offset()
+        top = torch.tanh(sharpness / 2)
+        t = torch.tanh(r * sharpness)
+        slope = (t * t).mul_(-sharpness / (2 * top)).add_(sharpness / (2 * top) - 1).mul_(b).add_(1)
+        gap = t.mul_(1 / (2 * top)).sub_(r)
+        error = (bins.u - bins.code).add_(gap * b)
+        return _Surrogate(slope, gap, error)
+
+
+def _group_shape(rows: tuple[int, int], scales: tuple[int, ...]) -> tuple[int, int]:
+    """Shape of a group Theta: the scale's groups, or 64 elements of a row, or the row."""
+    if len(scales) == 2 and scales[1] > 1:
+        return (scales[0], scales[1])
+    out, row = rows
+    return (out, row // GROUP if row % GROUP == 0 else 1)

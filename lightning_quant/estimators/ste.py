@@ -1,0 +1,19 @@
+"""Straight-through: the rounding is the identity in the backward pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning_quant.estimators.base import Estimator
+
+
+@dataclass(frozen=True)
+class Ste(Estimator):
+    """Clipped straight-through estimator.
+
+    ``g_x = g`` where low <= x/scale + zero <= high, else 0 (the mask looks at the value before rounding,
+    so it ends at the outermost level; torch's fake_quantize passes half a step more).
+
+    Source: Bengio, Leonard, Courville, "Estimating or Propagating Gradients Through Stochastic Neurons",
+    arXiv:1308.3432; the clipped form as in Courbariaux et al., arXiv:1602.02830.
+    """

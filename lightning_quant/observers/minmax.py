@@ -1,0 +1,23 @@
+"""Smallest and largest value ever seen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lightning_quant.observers.base import Observer
+
+
+@dataclass(frozen=True)
+class MinMax(Observer):
+    """``low = min x``, ``high = max x``; over steps the range only grows.
+
+    Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient
+    Integer-Arithmetic-Only Inference", CVPR 2018, arXiv:1712.05877, section 3.
+    """
+
+    def range(self, rows: Tensor, bits: float, symmetric: bool) -> tuple[Tensor, Tensor]:
+        """See the class."""
+        low, high = rows.aminmax(dim=1)
+        return low, high

@@ -1,0 +1,58 @@
+"""The range with the least squared rounding error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_quant.errors import explain
+from lightning_quant.grid import code_bounds, decode, encode, fixed_zero, scale_and_zero
+from lightning_quant.observers.base import Observer
+
+
+@dataclass(frozen=True)
+class Mse(Observer):
+    """``argmin over c of ||x - Q(x; c * range)||^2`` on a grid of shrink factors c.
+
+    Args:
+        candidates: How many factors are tried.
+        smallest: The smallest factor; the largest is 1.
+
+    Source: the search over clipping factors is common practice; see Choukroun et al., arXiv:1902.06822.
+    """
+
+    candidates: int = 48
+    smallest: float = 0.2
+
+    def __post_init__(self) -> None:
+        if self.candidates < 1 or not 0 < self.smallest <= 1:
+            raise ValueError(
+                explain(
+                    "Mse", "candidates >= 1 and 0 < smallest <= 1", (self.candidates, self.smallest), "Use 48, 0.2."
+                )
+            )
+
+    def range(self, rows: Tensor, bits: float, symmetric: bool) -> tuple[Tensor, Tensor]:
+        """See the class."""
+        rows = rows.float()
+        low, high = (end.clone() for end in rows.aminmax(dim=1))
+        bounds = code_bounds(bits)
+        best = torch.full_like(low, torch.inf)
+        best_low, best_high = low.clone(), high.clone()
+        for i in range(self.candidates):
+            factor = 1 - (1 - self.smallest) * i / max(self.candidates - 1, 1)
+            scale, zero = scale_and_zero(low * factor, high * factor, bits, symmetric)
+            point = fixed_zero(bits) if zero is None else zero[:, None]
+            error = decode(encode(rows, scale[:, None], point, *bounds), scale[:, None], point)
+            error = error.sub_(rows).square_().sum(dim=1)
+            better = error < best
+            best = torch.where(better, error, best)
+            best_low = torch.where(better, low * factor, best_low)
+            best_high = torch.where(better, high * factor, best_high)
+        return best_low, best_high
+
+    def merge(self, old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Average over steps, with the weight of an exponential average of decay 0.9."""
+        return torch.lerp(new[0], old[0], 0.9), torch.lerp(new[1], old[1], 0.9)

@@ -1,0 +1,103 @@
+"""Quantizer parameters get an optimizer group of their own: no weight decay, a learning rate of their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_quant.attach import quantizers
+from lightning_quant.errors import explain
+from lightning_quant.spec import QuantConfig
+
+_RATES = ("lr", "initial_lr", "max_lr", "min_lr")
+
+
+def learned_parameters(model: nn.Module, config: QuantConfig) -> dict[int, tuple[nn.Parameter, float]]:
+    """The quantizers' trainable parameters by identity, with their learning-rate factors."""
+    found = {}
+    for _, q in quantizers(model):
+        for parameter, factor in q.learned():
+            if parameter.requires_grad:
+                found[id(parameter)] = (parameter, config.scale_lr if factor is None else factor)
+    return found
+
+
+def param_groups(model: nn.Module, config: QuantConfig, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    """Optimizer groups for a hand-written loop: the model's own parameters, then the quantizers'.
+
+    Args:
+        model: A model with quantizers.
+        config: The config it was attached with.
+        lr: Learning rate of the model's parameters.
+        weight_decay: Weight decay of the model's parameters; the quantizers' is 0.
+    """
+    mine = learned_parameters(model, config)
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in mine]
+    groups: list[dict[str, Any]] = [{"params": rest, "lr": lr, "weight_decay": weight_decay}]
+    for factor in sorted({f for _, f in mine.values()}):
+        chosen = [p for p, f in mine.values() if f == factor]
+        groups.append({"params": chosen, "lr": lr * factor, "weight_decay": 0.0})
+    return groups
+
+
+def split_groups(optimizers: list[Optimizer], schedulers: list[Any], model: nn.Module, config: QuantConfig) -> None:
+    """Move quantizer parameters out of the groups an optimizer was built with into groups of their own.
+
+    A new group copies its origin's settings with learning rates times the factor and no weight decay;
+    learning-rate schedulers that keep one entry per group get the entry of the origin.
+
+    Args:
+        optimizers: The optimizers of the run.
+        schedulers: Their learning-rate schedulers.
+        model: The model with quantizers.
+        config: The config it was attached with.
+
+    Raises:
+        ValueError: A quantizer parameter that no optimizer holds.
+    """
+    mine = learned_parameters(model, config)
+    held: set[int] = set()
+    for optimizer in optimizers:
+        for origin in range(len(optimizer.param_groups)):
+            group = optimizer.param_groups[origin]
+            found = [p for p in group["params"] if id(p) in mine]
+            held.update(id(p) for p in found)
+            if not found or group.get("quantizer"):
+                continue
+            group["params"] = [p for p in group["params"] if id(p) not in mine]
+            for factor in sorted({mine[id(p)][1] for p in found}):
+                new = {k: v for k, v in group.items() if k != "params"}
+                new.update({k: new[k] * factor for k in _RATES if isinstance(new.get(k), (int, float))})
+                new.update(params=[p for p in found if mine[id(p)][1] == factor], quantizer=True)
+                if "weight_decay" in new:
+                    new["weight_decay"] = 0.0
+                optimizer.add_param_group(new)
+                for scheduler in schedulers:
+                    _extend(scheduler, optimizer, origin, factor)
+    lost = [path for path, q in quantizers(model) for p, _ in q.learned() if p.requires_grad and id(p) not in held]
+    if lost and optimizers:
+        raise ValueError(
+            explain(
+                f"{lost[0]}",
+                "every learned quantizer parameter in an optimizer",
+                f"{len(lost)} in none",
+                "Build the optimizer from module.parameters() after the quantizers are attached, or add "
+                "lightning_quant.param_groups(model, config, lr).",
+            )
+        )
+
+
+def _extend(scheduler: Any, optimizer: Optimizer, origin: int, factor: float) -> None:
+    for inner in getattr(scheduler, "_schedulers", ()):
+        _extend(inner, optimizer, origin, factor)
+    if getattr(scheduler, "optimizer", None) is not optimizer:
+        return
+    for name in ("base_lrs", "_last_lr", "min_lrs"):
+        values = getattr(scheduler, name, None)
+        if isinstance(values, list) and len(values) == len(optimizer.param_groups) - 1:
+            values.append(values[origin] * factor)
+    lambdas = getattr(scheduler, "lr_lambdas", None)
+    if isinstance(lambdas, list) and len(lambdas) == len(optimizer.param_groups) - 1:
+        lambdas.append(lambdas[origin])

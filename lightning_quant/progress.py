@@ -1,0 +1,19 @@
+"""Progress bars for what may take longer than two seconds; on the first rank, where tqdm is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+from lightning_quant import distributed
+
+T = TypeVar("T")
+
+
+def track(items: Sequence[T], what: str) -> Iterable[T]:
+    """Iterate, showing a bar once two seconds have passed."""
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return items
+    return tqdm(items, desc=what, delay=2, disable=distributed.rank() != 0, leave=False)

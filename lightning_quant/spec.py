@@ -1,0 +1,360 @@
+"""What to quantize and how: frozen, plain-typed, versioned, YAML in and out.
+
+Nothing here knows a module or a tensor.  A config is built once, checked once and then only read.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_quant.errors import explain, unknown
+
+SPEC_VERSION = 1
+WEIGHT_BITS = (1, 1.58, 2, 3, 4, 5, 6, 7, 8)
+ACTIVATION_BITS = (1, 2, 3, 4, 5, 6, 7, 8)
+GRANULARITIES = ("auto", "tensor", "channel", "group", "token")
+TARGETS = ("vllm", "transformers")
+COVERAGE = ("error", "warn", "off")
+DEFAULT_GROUP = 128
+GRAMMAR = "w{1|1.58|2..8|16}[a{1..8|16}][-g{n}|-channel|-tensor][-asym][-static|-dynamic|-token]"
+PRESETS = ("w4a16", "w8a16", "w8a8", "w4a8")
+INHERIT = "inherit"
+
+_HEAD = re.compile(r"w(1\.58|16|[1-8])(?:a(16|[1-8]))?")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """The grid, granularity and range of one kind of tensor.
+
+    Args:
+        bits: Width of a code; 1.58 is ternary.
+        symmetric: Zero point fixed at 0.  ``None``: decided at attach (asymmetric for static
+            activations of convolution networks, symmetric elsewhere).
+        granularity: ``tensor``, ``channel``, ``group`` (weights), ``token`` (activations), or ``auto``:
+            weights per channel at 8 bits and in convolution networks, else per group of 128;
+            activations per token in networks without convolutions, else per tensor.
+        group_size: Elements that share one scale along a row; only with ``group``.
+        dynamic: Range taken from the tensor itself at every call; ``None``: decided at attach.
+        observer: How a range is read off data when it is not dynamic (a name of ``OBSERVERS``).
+        learn_scale: The scale is a parameter; ``None``: as the method prefers.
+    """
+
+    bits: float = 8
+    symmetric: bool | None = None
+    granularity: str = "auto"
+    group_size: int | None = None
+    dynamic: bool | None = None
+    observer: str | None = None
+    learn_scale: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.bits not in WEIGHT_BITS:
+            raise ValueError(
+                explain("TensorSpec.bits", f"one of {WEIGHT_BITS}", self.bits, "16 bits is written as None.")
+            )
+        if self.granularity not in GRANULARITIES:
+            raise ValueError(unknown("granularity", self.granularity, GRANULARITIES, "TensorSpec.granularity"))
+        if (self.granularity == "group") != (self.group_size is not None):
+            raise ValueError(
+                explain(
+                    "TensorSpec.group_size",
+                    "a size with granularity='group' and None otherwise",
+                    f"granularity={self.granularity!r}, group_size={self.group_size}",
+                    "Set both or neither.",
+                )
+            )
+        if self.group_size is not None and self.group_size < 1:
+            raise ValueError(
+                explain("TensorSpec.group_size", "a positive integer", self.group_size, "Use for example 128.")
+            )
+
+    @staticmethod
+    def parse(text: str) -> TensorSpec:
+        """Weight spec from the weight half of the scheme grammar, e.g. ``"w4-g32"``."""
+        weight, activation = parse_scheme(text)
+        if weight is None or activation is not None:
+            raise ValueError(
+                explain("TensorSpec.parse", "a weight scheme such as 'w4-g32'", repr(text), "Leave out the 'a' part.")
+            )
+        return weight
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """Overrides for the layers whose path matches; the first rule that matches wins.
+
+    Args:
+        match: Shell pattern on the module path (``*.down_proj``; a leading ``*.`` also matches a
+            top-level module), or ``re:`` followed by a regular expression.
+        weight: ``"inherit"``, ``None`` (leave the layer in float), a ``TensorSpec`` or a scheme string.
+        activation: ``"inherit"``, ``None`` (float activations) or a ``TensorSpec``.
+    """
+
+    match: str
+    weight: TensorSpec | str | None = INHERIT
+    activation: TensorSpec | str | None = INHERIT
+
+    def __post_init__(self) -> None:
+        if isinstance(self.weight, str) and self.weight != INHERIT:
+            object.__setattr__(self, "weight", TensorSpec.parse(self.weight))
+        if isinstance(self.activation, str) and self.activation != INHERIT:
+            raise ValueError(
+                explain(
+                    f"LayerRule({self.match!r}).activation",
+                    "'inherit', None or a TensorSpec",
+                    repr(self.activation),
+                    "Write TensorSpec(bits=8) for 8-bit activations.",
+                )
+            )
+
+    def matches(self, path: str) -> bool:
+        """Whether the rule speaks of the module at ``path``.
+
+        >>> LayerRule("*.lm_head", weight=None).matches("lm_head")
+        True
+        """
+        if self.match.startswith("re:"):
+            return re.search(self.match[3:], path) is not None
+        return fnmatch.fnmatchcase(path, self.match) or fnmatch.fnmatchcase("." + path, self.match)
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """Everything that decides what training computes and what an export holds.
+
+    Args:
+        method: Name in ``ESTIMATORS``.
+        weight: Spec of the weights, or None for float weights.
+        activation: Spec of the layers' inputs, or None for float activations.
+        rules: Per-layer overrides, first match wins.
+        options: The method's own settings (fields of its estimator class).
+        embeddings: Also quantize ``nn.Embedding`` weights.
+        head: Also quantize the output head that ``get_output_embeddings()`` names.
+        calibration: Optimizer steps at the start of training in which static activation ranges follow
+            the data; after them the ranges stay (or are learned).
+        coverage: What to do about a quantizer that a batch never reached: ``error``, ``warn``, ``off``.
+        target: Runtime whose arithmetic training follows where runtimes differ.  The dynamic int8 scale is
+            absmax/127 in vLLM's kernels (``vllm``) and absmax/127.5 in the reader of transformers.
+        scale_lr: Learning rate of learned scales, as a factor on the learning rate of their layer.
+        seed: Seeds the counter-based noise of methods that draw random numbers.
+    """
+
+    method: str = "pege"
+    weight: TensorSpec | None = field(default_factory=TensorSpec)
+    activation: TensorSpec | None = field(default_factory=TensorSpec)
+    rules: tuple[LayerRule, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    embeddings: bool = False
+    head: bool = False
+    calibration: int = 16
+    coverage: str = "error"
+    target: str = "vllm"
+    scale_lr: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rules", tuple(self.rules))
+        object.__setattr__(self, "options", dict(self.options))
+        if self.target not in TARGETS:
+            raise ValueError(unknown("target", self.target, TARGETS, "QuantConfig.target"))
+        if self.coverage not in COVERAGE:
+            raise ValueError(unknown("coverage", self.coverage, COVERAGE, "QuantConfig.coverage"))
+        if self.weight is None and self.activation is not None:
+            raise ValueError(
+                explain(
+                    "QuantConfig",
+                    "quantized weights wherever activations are quantized",
+                    "weight=None with an activation spec",
+                    "No runtime computes float weights on integer activations; use for example scheme='w8a8'.",
+                )
+            )
+        if self.calibration < 0:
+            raise ValueError(
+                explain("QuantConfig.calibration", "0 or more optimizer steps", self.calibration, "Use for example 16.")
+            )
+
+    @staticmethod
+    def parse(
+        method: str = "pege", scheme: str = "w8a8", *, rules: Iterable[LayerRule] = (), **options: Any
+    ) -> QuantConfig:
+        """Build a config from a method's name and a scheme string.
+
+        Keywords that are fields of this class or of ``TensorSpec`` for weights (``learn_scale``) go
+        there; all others are the method's own options.
+
+        >>> QuantConfig.parse("lsq", "w4a16-g32").weight.group_size
+        32
+        """
+        weight, activation = parse_scheme(scheme)
+        own = {f.name for f in fields(QuantConfig)} - {"method", "weight", "activation", "rules", "options"}
+        settings = {k: options.pop(k) for k in list(options) if k in own}
+        if "learn_scale" in options:
+            learned = options.pop("learn_scale")
+            weight = weight and replace(weight, learn_scale=learned)
+            activation = activation and replace(activation, learn_scale=learned)
+        return QuantConfig(
+            method=method, weight=weight, activation=activation, rules=tuple(rules), options=options, **settings
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only, ready for YAML or JSON, with the format's version."""
+        return {"version": SPEC_VERSION, **asdict(self), "rules": [asdict(r) for r in self.rules]}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any], where: str = "QuantConfig") -> QuantConfig:
+        """Inverse of ``to_dict``; unknown keys and newer versions are refused."""
+        data = dict(data)
+        version = data.pop("version", None)
+        if version != SPEC_VERSION:
+            raise ValueError(
+                explain(
+                    where, f"version {SPEC_VERSION}", repr(version), "Write it again with this release's to_yaml()."
+                )
+            )
+        _known(data, QuantConfig, where)
+        for name in ("weight", "activation"):
+            data[name] = _spec(data.get(name), f"{where}.{name}")
+        rules = []
+        for i, rule in enumerate(data.get("rules") or ()):
+            _known(rule, LayerRule, f"{where}.rules[{i}]")
+            rule = dict(rule)
+            for name in ("weight", "activation"):
+                if isinstance(rule.get(name), Mapping):
+                    rule[name] = _spec(rule[name], f"{where}.rules[{i}].{name}")
+            rules.append(LayerRule(**rule))
+        return QuantConfig(**{**data, "rules": tuple(rules)})
+
+    def to_yaml(self, path: str | Path) -> None:
+        """Write the config as YAML, whole or not at all."""
+        path = Path(path)
+        temporary = path.with_name(path.name + f".tmp{os.getpid()}")
+        temporary.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+        temporary.replace(path)
+
+    @staticmethod
+    def from_yaml(path: str | Path) -> QuantConfig:
+        """Read a config that ``to_yaml`` (or a person) wrote."""
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(data, Mapping):
+            raise ValueError(
+                explain(str(path), "a mapping of settings", type(data).__name__, "See QuantConfig.to_yaml.")
+            )
+        return QuantConfig.from_dict(data, where=str(path))
+
+
+def parse_scheme(text: str) -> tuple[TensorSpec | None, TensorSpec | None]:
+    """Read ``w4a16-g128`` and its kin (case-insensitive) into (weight, activation) specs.
+
+    >>> parse_scheme("W4A16-g32")[0].group_size, parse_scheme("W4A16")[1]
+    (32, None)
+    """
+
+    def refuse(part: str) -> ValueError:
+        return ValueError(
+            explain(
+                f"scheme {text!r}",
+                f"the form {GRAMMAR}",
+                f"the part {part!r}",
+                f"Ready-made schemes: {', '.join(PRESETS)}; with groups for example w4a16-g32.",
+            )
+        )
+
+    head, *flags = str(text).strip().lower().split("-")
+    match = _HEAD.fullmatch(head)
+    if match is None:
+        raise refuse(head)
+    weight: dict[str, Any] = {"bits": float(match[1]) if "." in match[1] else int(match[1]), "symmetric": True}
+    activation: dict[str, Any] = {"bits": int(match[2] or 16)}
+    for flag in flags:
+        if re.fullmatch(r"g[1-9]\d*", flag) and "granularity" not in weight:
+            weight.update(granularity="group", group_size=int(flag[1:]))
+        elif flag in ("channel", "tensor") and "granularity" not in weight:
+            weight["granularity"] = flag
+        elif flag == "asym" and weight["symmetric"]:
+            weight["symmetric"] = False
+        elif flag in ("static", "dynamic", "token") and "dynamic" not in activation and activation["bits"] != 16:
+            activation["dynamic"] = flag != "static"
+            activation["granularity"] = "tensor" if flag == "static" else "token"
+        else:
+            raise refuse(flag)
+    return (
+        None if weight["bits"] == 16 else TensorSpec(**weight),
+        None if activation["bits"] == 16 else TensorSpec(**activation),
+    )
+
+
+def resolve_weight(spec: TensorSpec, convolutional: bool, learns: bool) -> TensorSpec:
+    """Fill in what a weight spec left open.
+
+    Args:
+        spec: The weights' spec, perhaps with ``auto`` and None.
+        convolutional: Whether the model holds convolutions.
+        learns: Whether the method prefers a learned scale.
+
+    Returns:
+        A spec without open fields.  8-bit scales follow the weights at every step (absmax); below 8 bits
+        they start from the least squared error and are then learned or kept.
+    """
+    granularity, size = spec.granularity, spec.group_size
+    if granularity == "auto":
+        granularity = "channel" if spec.bits == 8 or convolutional else "group"
+        size = DEFAULT_GROUP if granularity == "group" else None
+    if granularity == "token":
+        raise ValueError(
+            explain("TensorSpec.granularity", "tensor, channel or group for weights", "token", "Use 'channel'.")
+        )
+    dynamic = spec.dynamic
+    if dynamic is None:
+        dynamic = spec.bits == 8 and not spec.learn_scale and spec.observer is None
+    learned = False if dynamic else learns if spec.learn_scale is None else spec.learn_scale
+    observer = spec.observer or ("minmax" if dynamic else "mse")
+    return TensorSpec(spec.bits, spec.symmetric is not False, granularity, size, dynamic, observer, learned)
+
+
+def resolve_activation(spec: TensorSpec, convolutional: bool, learns: bool) -> TensorSpec:
+    """Fill in what an activation spec left open: see ``TensorSpec`` for the defaults."""
+    dynamic = (not convolutional) if spec.dynamic is None else spec.dynamic
+    granularity = spec.granularity
+    if granularity == "auto":
+        granularity = "token" if dynamic else "tensor"
+    if granularity not in ("token", "tensor") or (granularity == "token") != dynamic:
+        raise ValueError(
+            explain(
+                "TensorSpec for activations",
+                "granularity 'token' with dynamic=True or 'tensor' with dynamic=False",
+                f"{granularity!r} with dynamic={dynamic}",
+                "Use -dynamic or -static in the scheme.",
+            )
+        )
+    symmetric = spec.symmetric if spec.symmetric is not None else dynamic or not convolutional
+    if dynamic and not symmetric:
+        raise ValueError(
+            explain("TensorSpec for activations", "symmetric=True when dynamic", "symmetric=False", "Use -static.")
+        )
+    learned = False if dynamic else bool(learns if spec.learn_scale is None else spec.learn_scale)
+    return TensorSpec(spec.bits, symmetric, granularity, None, dynamic, spec.observer or "ema", learned)
+
+
+def _known(data: Mapping[str, Any], kind: type, where: str) -> None:
+    names = [f.name for f in fields(kind)]
+    for key in data:
+        if key not in names:
+            raise ValueError(unknown("key", key, names, where))
+
+
+def _spec(data: Any, where: str) -> TensorSpec | None:
+    if data is None:
+        return None
+    if not isinstance(data, Mapping):
+        raise ValueError(explain(where, "a mapping of TensorSpec fields or null", repr(data), "See to_yaml()."))
+    _known(data, TensorSpec, where)
+    return TensorSpec(**data)

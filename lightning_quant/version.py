@@ -1,0 +1,3 @@
+"""The release's number, importable without torch."""
+
+__version__ = "0.1.0"
