@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_quant.attach import Report, attach, check_coverage, is_attached, quantizers
 from lightning_quant.calibration import commit_ranges, open_observers
+from lightning_quant.distributed import whole
 from lightning_quant.errors import AttachError, explain
 from lightning_quant.estimators import build_estimator
 from lightning_quant.optim import split_groups
@@ -154,7 +155,7 @@ class QuantController:
             for key, value in q.estimator.metrics(q).items():
                 sums.setdefault(key, []).append(value)
         for key, values in sums.items():
-            stacked = torch.stack([v.float() for v in values])
+            stacked = torch.stack([whole(v).float() for v in values])
             out[key] = float(stacked.sum() if key == "progressive_loss" else stacked.mean())
         return out
 

@@ -39,3 +39,9 @@ def to_local(x: Tensor) -> Tensor:
     """This rank's part of a sharded tensor; other tensors as they are."""
     local = getattr(x, "to_local", None)
     return x if local is None else local()
+
+
+def whole(x: Tensor) -> Tensor:
+    """The full tensor of a sharded one (a collective: every rank must call it); others as they are."""
+    full = getattr(x, "full_tensor", None)
+    return x if full is None else full()

@@ -21,7 +21,8 @@ class FakeQuantizer(nn.Module):
     """Computes, in float, what integer storage will compute.
 
     A weight is handed in at every call and never kept.  Persistent state: ``scale`` (parameter or buffer,
-    real; absent when dynamic), ``zero`` (codes; asymmetric grids only) and what the estimator registers.
+    real; absent when dynamic), ``zero`` (codes; asymmetric grids only), ``running`` (observed ends of a static
+    activation range, real) and what the estimator registers.
     Scheduled scalars are 0-dim non-persistent buffers that a controller fills.
 
     Args:
@@ -40,8 +41,13 @@ class FakeQuantizer(nn.Module):
 
     scale: Tensor
     zero: Tensor
+    running: Tensor
     step: Tensor
     lam: Tensor
+    share: Tensor
+    sharpness: Tensor
+    alpha: Tensor
+    theta: Tensor
     _place: Tensor
 
     def __init__(
@@ -74,7 +80,6 @@ class FakeQuantizer(nn.Module):
         self.measuring = False
         self.ready = bool(spec.dynamic)
         self.pending: tuple[Tensor, Tensor] | None = None
-        self.running: tuple[Tensor, Tensor] | None = None
         self.measured: dict[str, Tensor] = {}
         if not spec.dynamic:
             start = torch.zeros(self.scale_shape, dtype=dtype, device=device)
@@ -84,6 +89,8 @@ class FakeQuantizer(nn.Module):
                 self.register_buffer("scale", start)
             if not spec.symmetric:
                 self.register_buffer("zero", torch.zeros_like(start))
+            if not self.is_weight:
+                self.register_buffer("running", torch.zeros(2, dtype=dtype, device=device))
         self.register_buffer("_place", torch.empty(0, dtype=dtype, device=device), persistent=False)
         for name, schedule in estimator.schedules().items():
             value = torch.tensor(schedule.start, dtype=torch.float32, device=device)
@@ -192,13 +199,17 @@ class FakeQuantizer(nn.Module):
             low, high = torch.minimum(self.pending[0], low), torch.maximum(self.pending[1], high)
         self.pending = (low, high)
 
+    @torch.no_grad()
     def commit(self) -> None:
         """Merge what the step's forwards noted into the range (the controller has reduced it over ranks)."""
         if self.pending is None:
             return
-        self.running = self.pending if self.running is None else self.observer.merge(self.running, self.pending)
+        low, high = (end.reshape(1).to(self.dtype) for end in self.pending)
+        if self.ready:
+            low, high = self.observer.merge((self.running[:1], self.running[1:]), (low, high))
         self.pending = None
-        self.set_range(*self.running)
+        self.running.copy_(torch.cat([low, high]))
+        self.set_range(low, high)
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:

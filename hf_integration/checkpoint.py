@@ -1,0 +1,148 @@
+"""A training directory: what ``save_pretrained`` writes, with the float model's keys, plus our side files.
+
+``quant_config.json`` holds the config, ``quant_state.safetensors`` the quantizers' state.  The weights load
+by plain ``from_pretrained``; the side files bring the model back to where training was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lightning_quant.attach import attach, is_attached, without_quantizers
+from lightning_quant.errors import CheckpointError, explain
+from lightning_quant.spec import QuantConfig
+
+STATE_FILE = "quant_state.safetensors"
+CONFIG_FILE = "quant_config.json"
+
+
+def save_quant_state(directory: str | Path, state: dict[str, Tensor], config: QuantConfig) -> None:
+    """Write both side files, each whole or not at all.
+
+    Args:
+        directory: An existing directory.
+        state: The quantizers' part of a state dict.
+        config: The config the model was attached with.
+    """
+    directory = Path(directory)
+    temporary = directory / f"{STATE_FILE}.tmp{os.getpid()}"
+    tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
+    save_file(tensors, temporary, metadata={"format": "pt", "version": "1"})
+    temporary.replace(directory / STATE_FILE)
+    temporary = directory / f"{CONFIG_FILE}.tmp{os.getpid()}"
+    temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+    temporary.replace(directory / CONFIG_FILE)
+
+
+def load_quant_config(directory: str | Path) -> QuantConfig:
+    """The config of a training directory.
+
+    Raises:
+        CheckpointError: The file is missing or not JSON.
+    """
+    path = Path(directory) / CONFIG_FILE
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            explain(
+                str(directory),
+                f"a training directory with {CONFIG_FILE}",
+                "none",
+                "Point at a checkpoint-* or output directory that a quantized Trainer wrote.",
+            )
+        ) from None
+    except json.JSONDecodeError as error:
+        raise CheckpointError(explain(str(path), "JSON", str(error), "Take an earlier checkpoint.")) from error
+    return QuantConfig.from_dict(data, where=str(path))
+
+
+def load_quant_state(model: nn.Module, directory: str | Path) -> None:
+    """Load the quantizers' state of a training directory into a model with quantizers.
+
+    Raises:
+        CheckpointError: The side file is missing, damaged, or of another model.
+    """
+    path = Path(directory) / STATE_FILE
+    if not path.is_file():
+        raise CheckpointError(
+            explain(
+                str(directory),
+                f"{STATE_FILE} beside the weights",
+                "none",
+                "Without it ranges would start over; take a checkpoint written by a quantized Trainer.",
+            )
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            explain(str(path), "a whole safetensors file", str(error), "Take an earlier checkpoint.")
+        ) from error
+    _, mine = without_quantizers(model.state_dict(), model)
+    if set(mine) != set(state):
+        odd = sorted(set(mine) ^ set(state))
+        raise CheckpointError(
+            explain(
+                str(path),
+                f"state of the {len(mine)} tensors of this model's quantizers",
+                f"{len(state)}; first that differs: {odd[0]}",
+                "Attach with the directory's quant_config.json.",
+            )
+        )
+    model.load_state_dict(state, strict=False)
+
+
+def load_training_checkpoint(directory: str | Path, model: nn.Module | None = None, **kwargs: Any) -> nn.Module:
+    """The model of a training directory as training had it: float weights plus quantizers.
+
+    Args:
+        directory: Holds weights, ``quant_config.json`` and ``quant_state.safetensors``.
+        model: A float model with the directory's weights already in it; None: made by
+            ``from_pretrained`` of the auto class that the directory's ``architectures`` names.
+        kwargs: For ``from_pretrained``.
+
+    Returns:
+        The model, in eval mode.
+    """
+    config = load_quant_config(directory)
+    if model is None:
+        model = _from_pretrained(directory, **kwargs)
+    if not is_attached(model):
+        attach(model, config)
+    load_quant_state(model, directory)
+    return model.eval()
+
+
+def _from_pretrained(directory: str | Path, **kwargs: Any) -> nn.Module:
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(directory)
+    names = config.architectures or []
+    kind = getattr(transformers, names[0], None) if names else None
+    if kind is None:
+        raise CheckpointError(
+            explain(
+                str(directory),
+                "a config.json whose architectures name a class of transformers",
+                names,
+                "Pass the model yourself.",
+            )
+        )
+    with torch.no_grad():
+        try:
+            model: nn.Module = kind.from_pretrained(directory, **kwargs)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                explain(str(directory), "whole weight files", str(error), "Take an earlier checkpoint.")
+            ) from error
+    return model

@@ -1,0 +1,215 @@
+"""QuantTrainerMixin: quantization-aware training inside ``transformers.Trainer`` and its subclasses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import TrainerControl, TrainerState
+
+from hf_integration.arguments import QuantArguments
+from hf_integration.checkpoint import load_quant_config, load_quant_state, save_quant_state
+from lightning_quant.attach import Report, is_attached, without_quantizers
+from lightning_quant.controller import QuantController
+from lightning_quant.errors import explain
+from lightning_quant.spec import QuantConfig
+
+if TYPE_CHECKING:
+    from lightning_quant.export import ExportReport
+
+
+class _Steps(TrainerCallback):
+    """Passes the Trainer's events on to the controller."""
+
+    def __init__(self, controller: QuantController) -> None:
+        self.controller = controller
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The run's length is known now, and not earlier."""
+        self.controller.begin(state.max_steps if state.max_steps > 0 else None)
+
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Update state no optimizer holds."""
+        self.controller.before_optimizer_step()
+
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ranges, projections, coverage."""
+        self.controller.after_optimizer_step()
+
+
+class QuantTrainerMixin:
+    """Put in front of ``Trainer`` or a subclass: ``class MyQuantTrainer(QuantTrainerMixin, MyTrainer)``.
+
+    Quantizers are attached before the optimizer exists; the training directory keeps the float model's
+    keys, with ``quant_config.json`` and ``quant_state.safetensors`` beside them; evaluation always runs the
+    hard low-bit model; nothing is converted when training ends unless ``quant_export`` asks for an export.
+
+    Args:
+        quant: ``QuantConfig``, ``QuantArguments`` or None (plain training).
+        args: The base class's.
+        kwargs: The base class's.
+    """
+
+    quant: QuantController | None = None
+    quant_arguments: QuantArguments | None = None
+
+    def __init__(self, *args: Any, quant: QuantConfig | QuantArguments | None = None, **kwargs: Any) -> None:
+        self.init_quant(quant)
+        model = args[0] if args else kwargs.get("model")
+        if isinstance(model, nn.Module):
+            self.attach_quant(model)
+        super().__init__(*args, **kwargs)
+        self.finish_init_quant()
+
+    def init_quant(self, quant: QuantConfig | QuantArguments | None) -> None:
+        """Check the settings; the first thing that happens."""
+        if isinstance(quant, QuantArguments):
+            self.quant_arguments, quant = quant, quant.to_config()
+        self.quant = None if quant is None else QuantController(quant)
+
+    def attach_quant(self, model: nn.Module) -> None:
+        """Attach to the model this Trainer will train."""
+        if self.quant is not None:
+            self.quant.prepare(model)
+
+    def finish_init_quant(self) -> None:
+        """After the base class's ``__init__``: listen to its events."""
+        if self.quant is None:
+            return
+        if not is_attached(self.model):
+            self.attach_quant(self.model)
+        self.add_callback(_Steps(self.quant))
+        if self.quant.report is not None and self.is_world_process_zero():
+            print(self.quant.report, flush=True)
+
+    @property
+    def quant_report(self) -> Report | None:
+        """What was attached."""
+        return None if self.quant is None else self.quant.report
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Attach to each model that ``model_init`` makes."""
+        model: nn.Module = super().call_model_init(trial)  # type: ignore[misc]
+        self.attach_quant(model)
+        return model
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Quantizer parameters go into groups of their own."""
+        optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        if self.quant is not None:
+            schedulers = [] if self.lr_scheduler is None else [self.lr_scheduler]
+            self.quant.split_groups([self.optimizer], schedulers)
+        return optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Fill schedules, then train."""
+        if self.quant is not None:
+            step, every = self.state.global_step, int(self.state.logging_steps or 0)
+            measure = every > 0 and (step + 1) % every == 0
+            self.quant.on_step(step, self._loss_scale(), measure)
+        return super().training_step(*args, **kwargs)  # type: ignore[misc]
+
+    def _loss_scale(self) -> float:
+        """What the mean loss is multiplied with in each backward: gradient scaler over accumulation.
+
+        Also when the Trainer normalises by the number of items: each micro-batch then contributes its
+        share of the loss, while our term comes once per micro-batch.
+        """
+        scaler = getattr(self.accelerator, "scaler", None)
+        scale = float(scaler.get_scale()) if scaler is not None else 1.0
+        return scale / self.current_gradient_accumulation_steps
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the quantizers' metrics to the training log."""
+        if self.quant is not None and "loss" in logs:
+            logs.update({f"quant_{name}": value for name, value in self.quant.metrics().items()})
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Observers stay out of evaluation."""
+        if self.quant is not None:
+            self.quant.on_eval()
+        return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate a batch, and check coverage on the first."""
+        out = super().prediction_step(*args, **kwargs)  # type: ignore[misc]
+        if self.quant is not None:
+            self.quant.after_eval_batch()
+        return out
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Weights under the float model's keys; quantizer state beside them."""
+        if self.quant is None:
+            super()._save(output_dir, state_dict)  # type: ignore[misc]
+            return
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        weights, mine = without_quantizers(model.state_dict() if state_dict is None else state_dict, model)
+        super()._save(output_dir, weights)  # type: ignore[misc]
+        if self.args.should_save:
+            save_quant_state(output_dir or self.args.output_dir, mine, self.quant.config)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Weights, then quantizer state; the config must be the one the run was started with."""
+        if self.quant is not None:
+            saved = load_quant_config(resume_from_checkpoint)
+            self.quant.load_state_dict({**self.quant.state_dict(), "config": saved.to_dict()})
+        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        if self.quant is not None:
+            load_quant_state(self._quant_model(model), resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        """Weights of the best checkpoint, then its quantizer state."""
+        super()._load_best_model()  # type: ignore[misc]
+        if self.quant is not None:
+            load_quant_state(self._quant_model(None), self.state.best_model_checkpoint)
+
+    def _quant_model(self, model: nn.Module | None) -> nn.Module:
+        unwrapped: nn.Module = self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False)
+        return unwrapped
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; then export if ``quant_export`` says where."""
+        if self.quant_arguments is not None and self.quant_arguments.quant_export is not None:
+            check_free(self.quant_arguments.quant_export)
+        output = super().train(*args, **kwargs)  # type: ignore[misc]
+        if self.quant is not None and self.quant_arguments is not None and self.quant_arguments.quant_export:
+            self.export(self.quant_arguments.quant_export, format=self.quant_arguments.quant_format)
+        return output
+
+    def export(self, path: str | Path, format: str | None = None, **kwargs: Any) -> ExportReport | None:
+        """Write the low-bit model: see ``lightning_quant.export.export``.  Other ranks wait for the first.
+
+        Args:
+            path: A directory that does not exist yet.
+            format: A name in ``FORMATS``; None: compressed-tensors.
+            kwargs: Passed on.
+        """
+        from lightning_quant.export import export
+
+        if self.quant is None:
+            raise ValueError(
+                explain("QuantTrainer.export", "a quantized training", "quant=None", "Pass quant=QuantConfig.parse(...).")
+            )
+        report = None
+        if self.is_world_process_zero():
+            kwargs.setdefault("tokenizer", self.processing_class)
+            report = export(self._quant_model(None), path, format=format, config=self.quant.config, **kwargs)
+        self.accelerator.wait_for_everyone()
+        return report
+
+
+def check_free(path: str | Path) -> None:
+    """Refuse an export directory that exists, before hours of training rather than after."""
+    if Path(path).exists():
+        raise FileExistsError(
+            explain(str(path), "a directory that does not exist yet", "an existing one", "Choose another, or remove it.")
+        )
+
+
+class QuantTrainer(QuantTrainerMixin, Trainer):
+    """``transformers.Trainer`` with ``quant=``."""
+
+
