@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hf_integration.arguments import QuantArguments
-    from hf_integration.checkpoint import load_training_checkpoint
     from hf_integration.trainer import QuantTrainer, QuantTrainerMixin
+    from lightning_quant.checkpoint import load_training_checkpoint
 
 __all__ = ["QuantArguments", "QuantTrainer", "QuantTrainerMixin", "load_training_checkpoint"]
 
 _HOME = {
-    "QuantArguments": "arguments",
-    "QuantTrainer": "trainer",
-    "QuantTrainerMixin": "trainer",
-    "load_training_checkpoint": "checkpoint",
+    "QuantArguments": "hf_integration.arguments",
+    "QuantTrainer": "hf_integration.trainer",
+    "QuantTrainerMixin": "hf_integration.trainer",
+    "load_training_checkpoint": "lightning_quant.checkpoint",
 }
 
 
@@ -24,5 +24,5 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         from importlib import import_module
 
-        return getattr(import_module(f"hf_integration.{_HOME[name]}"), name)
+        return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from hf_integration.arguments import QuantArguments
-from hf_integration.checkpoint import load_quant_config, load_quant_state, save_quant_state
+from lightning_quant.checkpoint import load_quant_config, load_quant_state, save_quant_state
 from lightning_quant.attach import Report, is_attached, without_quantizers
 from lightning_quant.controller import QuantController
 from lightning_quant.errors import explain
@@ -191,7 +191,9 @@ class QuantTrainerMixin:
 
         if self.quant is None:
             raise ValueError(
-                explain("QuantTrainer.export", "a quantized training", "quant=None", "Pass quant=QuantConfig.parse(...).")
+                explain(
+                    "QuantTrainer.export", "a quantized training", "quant=None", "Pass quant=QuantConfig.parse(...)."
+                )
             )
         report = None
         if self.is_world_process_zero():
@@ -205,11 +207,11 @@ def check_free(path: str | Path) -> None:
     """Refuse an export directory that exists, before hours of training rather than after."""
     if Path(path).exists():
         raise FileExistsError(
-            explain(str(path), "a directory that does not exist yet", "an existing one", "Choose another, or remove it.")
+            explain(
+                str(path), "a directory that does not exist yet", "an existing one", "Choose another, or remove it."
+            )
         )
 
 
 class QuantTrainer(QuantTrainerMixin, Trainer):
     """``transformers.Trainer`` with ``quant=``."""
-
-

@@ -285,9 +285,7 @@ def detach(model: nn.Module, fold: bool = True) -> nn.Module:
     for _, layer in quant_layers(model):
         if fold:
             with torch.no_grad():
-                was = layer.weight_quant.training
-                layer.weight.data.copy_(layer.weight_quant.eval()(layer.weight))
-                layer.weight_quant.train(was)
+                layer.weight.copy_(layer.weight_quant.on_grid(layer.weight))
         layer.__class__ = float_class(layer)
         del layer.weight_quant
         if "input_quant" in layer._modules:

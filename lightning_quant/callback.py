@@ -135,7 +135,9 @@ class QuantCallback(Callback):
         """Check that the run goes on with the config it was started with."""
         self.controller.load_state_dict(state_dict)
 
-    def export(self, module: LightningModule, path: str | Path, format: str | None = None, **kwargs: Any) -> ExportReport:
+    def export(
+        self, module: LightningModule, path: str | Path, format: str | None = None, **kwargs: Any
+    ) -> ExportReport:
         """Write the low-bit model: see ``lightning_quant.export.export``.
 
         Args:

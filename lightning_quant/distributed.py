@@ -45,3 +45,9 @@ def whole(x: Tensor) -> Tensor:
     """The full tensor of a sharded one (a collective: every rank must call it); others as they are."""
     full = getattr(x, "full_tensor", None)
     return x if full is None else full()
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if active():
+        dist.barrier()

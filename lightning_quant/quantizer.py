@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant import grid
-from lightning_quant.distributed import to_local
+from lightning_quant.distributed import to_local, whole
 from lightning_quant.estimators import Bins, Estimator, FakeQuantize
 from lightning_quant.granularity import Granularity
 from lightning_quant.observers import build_observer
@@ -212,11 +212,29 @@ class FakeQuantizer(nn.Module):
         self.set_range(low, high)
 
     @torch.no_grad()
-    def codes(self, x: Tensor) -> Tensor:
-        """Integer codes of a weight, int8, in the weight's shape: what an export stores."""
-        view, scale, zero = self.blocks(x)
-        code = grid.encode(view.to(torch.promote_types(x.dtype, torch.float32)), scale, zero, self.low, self.high)
-        return self.granularity.unview(code, x.shape).to(torch.int8)
+    def stored(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What an export stores: codes (int8, the weight's shape), scale and zero point (``scale_shape``).
+
+        Sharded weights and scales are gathered first, which is a collective.
+        """
+        x = whole(weight.detach())
+        if self.spec.dynamic:
+            scale, zero = self._from_data(x)
+        else:
+            scale, zero = whole(self.scale.detach()), None if self.spec.symmetric else whole(self.zero)
+        point = grid.fixed_zero(self.spec.bits) if zero is None else self.granularity.lift(zero)
+        view = self.granularity.view(x).to(torch.promote_types(x.dtype, torch.float32))
+        code = grid.encode(view, self.granularity.lift(scale), point, self.low, self.high)
+        return self.granularity.unview(code, x.shape).to(torch.int8), scale, zero
+
+    @torch.no_grad()
+    def on_grid(self, weight: Tensor) -> Tensor:
+        """The weight as evaluation computes with it, in its own dtype; sharded ones are gathered."""
+        code, scale, zero = self.stored(weight)
+        point = grid.fixed_zero(self.spec.bits) if zero is None else self.granularity.lift(zero)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        y = grid.decode(self.granularity.view(code).to(wide), self.granularity.lift(scale), point)
+        return self.granularity.unview(y, weight.shape).to(weight.dtype)
 
     def bins(self, view: Tensor, scale: Tensor, zero: Tensor | float) -> Bins:
         """Position of blocked inputs on the grid."""

@@ -1,0 +1,162 @@
+"""The compressed-tensors format, as vLLM and transformers load it, written from trained integers and scales."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_quant.attach import quant_layers
+from lightning_quant.distributed import whole
+from lightning_quant.errors import explain
+from lightning_quant.export.writer import Sink, float_tensors, write_model_files
+from lightning_quant.layers import QuantLayer, QuantLinear
+from lightning_quant.progress import track
+from lightning_quant.quantizer import FakeQuantizer
+from lightning_quant.spec import QuantConfig
+
+PACKED, PLAIN = "pack-quantized", "int-quantized"
+
+
+def write_compressed_tensors(
+    model: nn.Module, sink: Sink, *, target: str | None, tokenizer: Any, config: QuantConfig | None
+) -> None:
+    """Write packed integers, scales and the ``quantization_config`` that says how to read them.
+
+    Weight-only layers become ``pack-quantized`` (int32 words), layers with quantized inputs
+    ``int-quantized`` (int8).  Everything is checked before the first byte.
+
+    Raises:
+        ValueError: The model is not transformers', or a layer has a grid the format's readers lack.
+    """
+    quantization = quantization_config(model, target)
+    for name, tensor, layer in track(list(float_tensors(model)), "writing weights"):
+        if layer is None:
+            sink.add(name, whole(tensor))
+        else:
+            _add_layer(sink, name.removesuffix(".weight"), layer)
+    write_model_files(model, sink, tokenizer, config, quantization)
+
+
+def _add_layer(sink: Sink, path: str, layer: QuantLayer) -> None:
+    from compressed_tensors.compressors import pack_to_int32
+
+    codes, scale, _ = layer.weight_quant.stored(layer.weight)
+    if scale.ndim == 1:
+        scale = scale.expand(codes.shape[0]).unsqueeze(1)
+    size = codes.numel() * layer.weight.element_size()
+    if layer_format(layer) == PACKED:
+        packed = pack_to_int32(codes, int(layer.weight_quant.spec.bits))
+        sink.add(f"{path}.weight_packed", packed, size)
+        sink.add(f"{path}.weight_shape", torch.tensor(codes.shape, dtype=torch.int64), 0)
+    else:
+        sink.add(f"{path}.weight", codes, size)
+    sink.add(f"{path}.weight_scale", scale.to(layer.weight.dtype), 0)
+    inputs = layer.input_quant
+    if inputs is not None and not inputs.spec.dynamic:
+        sink.add(f"{path}.input_scale", whole(inputs.scale.detach()).to(layer.weight.dtype), 0)
+
+
+def layer_format(layer: QuantLayer) -> str:
+    """How a layer's integers are stored."""
+    return PACKED if layer.input_quant is None else PLAIN
+
+
+def quantization_config(model: nn.Module, target: str | None = None) -> dict[str, Any]:
+    """The ``quantization_config`` of config.json, after checking that the format can say all of it.
+
+    Args:
+        model: A transformers model with quantizers.
+        target: Runtime the export is for, or None for the one training followed.
+
+    Raises:
+        ValueError: See ``write_compressed_tensors``; the message names the layer.
+    """
+    from compressed_tensors import __version__
+    from compressed_tensors.quantization import QuantizationConfig
+
+    if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
+        raise ValueError(
+            explain("format='compressed-tensors'", "a transformers model", type(model).__name__, "Use format='folded'.")
+        )
+    layers = dict(quant_layers(model))
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        if isinstance(getattr(module, "weight", None), torch.Tensor):
+            owners.setdefault(id(module.weight), []).append(path)
+    groups: dict[str, tuple[dict[str, Any], list[str]]] = {}
+    for path, layer in layers.items():
+        _check_layer(path, layer, owners[id(layer.weight)], target)
+        group = _group(layer)
+        groups.setdefault(repr(group), (group, []))[1].append(path)
+    dense = [p for p, m in model.named_modules() if isinstance(m, nn.Linear) and p not in layers]
+    entries = {}
+    for i, (group, paths) in enumerate(groups.values()):
+        entries[f"group_{i}"] = {"targets": ["Linear"] if len(groups) == 1 else paths, **group}
+    formats = {g["format"] for g, _ in groups.values()}
+    data = {
+        "quant_method": "compressed-tensors",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "ignore": dense,
+        "kv_cache_scheme": None,
+        "version": __version__,
+        "config_groups": entries,
+    }
+    QuantizationConfig.model_validate(data)
+    return data
+
+
+def _group(layer: QuantLayer) -> dict[str, Any]:
+    spec = layer.weight_quant.spec
+    weights = {
+        "num_bits": int(spec.bits),
+        "type": "int",
+        "symmetric": True,
+        "strategy": "group" if spec.granularity == "group" else "channel",
+        "group_size": spec.group_size,
+        "dynamic": False,
+    }
+    inputs = None
+    if layer.input_quant is not None:
+        dynamic = bool(layer.input_quant.spec.dynamic)
+        inputs = {
+            "num_bits": int(layer.input_quant.spec.bits),
+            "type": "int",
+            "symmetric": True,
+            "strategy": "token" if dynamic else "tensor",
+            "dynamic": dynamic,
+        }
+    return {"format": layer_format(layer), "weights": weights, "input_activations": inputs, "output_activations": None}
+
+
+def _check_layer(path: str, layer: QuantLayer, owners: list[str], target: str | None) -> None:
+    def refuse(expected: str, got: object, cure: str) -> ValueError:
+        return ValueError(explain(f"{path} (format='compressed-tensors')", expected, got, cure))
+
+    spec, inputs = layer.weight_quant.spec, layer.input_quant
+    if not isinstance(layer, QuantLinear):
+        raise refuse("a Linear layer", type(layer).__name__, "Its readers know no other: use format='folded'.")
+    if spec.bits not in (2, 3, 4, 5, 6, 8):
+        raise refuse("2 to 6 or 8 bits", f"{spec.bits:g}", "Use format='folded'.")
+    if not spec.symmetric:
+        raise refuse("symmetric weights", "asymmetric ones", "Readers fail on packed zero points: train without -asym.")
+    if len(owners) > 1:
+        raise refuse("a weight of its own", f"one shared by {', '.join(owners)}", "Leave a tied head in float.")
+    if inputs is not None:
+        _check_inputs(inputs, refuse)
+        if inputs.spec.dynamic and target not in (None, inputs.target):
+            raise refuse(f"target={inputs.target!r}, which training followed", repr(target), "Train with that target.")
+    if inputs is not None and inputs.spec.bits == 8 and spec.bits == 8 and spec.granularity == "group":
+        raise refuse("per-channel weights beside int8 inputs", "groups", "No kernel computes it: use w8a8.")
+
+
+def _check_inputs(inputs: FakeQuantizer, refuse: Any) -> None:
+    if inputs.spec.bits != 8:
+        raise refuse("8-bit inputs", f"{inputs.spec.bits:g} bits", "Use format='folded', or train with a8.")
+    if not inputs.spec.symmetric:
+        raise refuse("symmetric inputs", "asymmetric ones", "Train with TensorSpec(symmetric=True).")
+    if not inputs.ready:
+        raise refuse("calibrated inputs", "no range yet", "Train, or call calibrate(model, batches).")

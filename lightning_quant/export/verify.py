@@ -1,0 +1,315 @@
+"""Prove that an export computes what training computed: integers, scales, every layer, the logits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from lightning_quant.attach import quant_layers, quantizers
+from lightning_quant.checkpoint import load_training_checkpoint
+from lightning_quant.errors import CheckpointError, explain
+from lightning_quant.export.compressed_tensors import PACKED, layer_format
+from lightning_quant.export.writer import float_tensors
+from lightning_quant.layers import QuantLayer
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """One quantized layer.
+
+    Attributes:
+        path: Module path.
+        codes_differ: How many integers (folded: weights) differ from the trained ones.
+        scale_diff: Largest difference of a scale, real.
+        output_diff: Largest difference of the layer's output in the run that gave the logits, real.
+    """
+
+    path: str
+    codes_differ: int
+    scale_diff: float
+    output_diff: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether integers and scales are the trained ones."""
+        return self.codes_differ == 0 and self.scale_diff == 0.0
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """Outcome of ``verify``.
+
+    Attributes:
+        path: The export.
+        format: Its format.
+        max_abs_diff: Largest difference of a logit, real.
+        mean_abs_diff: Mean difference of the logits.
+        tolerance: Largest logit difference that counts as equal.
+        layers: One entry per quantized layer, in the order they ran.
+        other: Names of unquantized tensors that differ from the trained ones.
+        notes: What the numbers do not cover, and why.
+    """
+
+    path: str
+    format: str
+    max_abs_diff: float
+    mean_abs_diff: float
+    tolerance: float
+    layers: list[LayerCheck]
+    other: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything that was stored is what was trained, and computes the same."""
+        return all(c.ok for c in self.layers) and not self.other and self.max_abs_diff <= self.tolerance
+
+    @property
+    def first_difference(self) -> str | None:
+        """The first layer, in the order they ran, whose contents or output differ; None if none does."""
+        for check in self.layers:
+            if not check.ok or check.output_diff > self.tolerance:
+                return check.path
+        return self.other[0] if self.other else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, for JSON."""
+        return {**asdict(self), "ok": self.ok, "first_difference": self.first_difference}
+
+    def __str__(self) -> str:
+        """A readable verdict, with the layers that differ."""
+        codes = sum(c.codes_differ for c in self.layers)
+        scale = max((c.scale_diff for c in self.layers), default=0.0)
+        lines = [
+            f"{'EQUAL' if self.ok else 'DIFFERENT'}: {self.path} ({self.format})",
+            f"  {len(self.layers)} quantized layers: {codes} integers differ, max|d scale| = {scale:.3g}",
+            f"  verify max|d logits| = {self.max_abs_diff} (mean {self.mean_abs_diff:.3g}, "
+            f"tolerance {self.tolerance:.3g})",
+        ]
+        if not self.ok:
+            lines.append(f"  first difference: {self.first_difference}")
+            bad = [c for c in self.layers if not c.ok or c.output_diff > self.tolerance]
+            lines += [
+                f"    {c.path}: {c.codes_differ} integers, d scale {c.scale_diff:.3g}, d output {c.output_diff:.3g}"
+                for c in bad[:20]
+            ]
+            lines += [f"    {name}: differs" for name in self.other[:20]]
+        return "\n".join(lines + [f"  note: {n}" for n in self.notes])
+
+
+def verify(
+    path: str | Path,
+    model_or_training_dir: nn.Module | str | Path,
+    inputs: Mapping[str, Tensor] | None = None,
+    tolerance: float = 0.0,
+) -> VerifyReport:
+    """Compare an export, through its real reader, with the model that was trained.
+
+    Args:
+        path: The export.
+        model_or_training_dir: The trained model with its quantizers, or a training directory.
+        inputs: Keyword inputs of the model; None: 2 x 32 token ids drawn with a fixed seed.
+        tolerance: Largest logit difference that counts as equal; 0 in float32, where readers are exact.
+
+    Returns:
+        The comparison; ``.ok`` is the verdict.
+
+    Raises:
+        CheckpointError: Either side is missing, damaged or not what it claims to be.
+    """
+    path = Path(path)
+    stored = _Stored(path)
+    if isinstance(model_or_training_dir, nn.Module):
+        trained = model_or_training_dir
+    else:
+        trained = load_training_checkpoint(model_or_training_dir)
+    was = trained.training
+    trained.eval()
+    try:
+        contents, other = _compare_tensors(stored, trained)
+        notes = _notes(trained, stored.format)
+        outputs, logits = _compare_outputs(path, trained, inputs)
+    finally:
+        trained.train(was)
+    order = [p for p in outputs if p in contents] + [p for p in contents if p not in outputs]
+    checks = [LayerCheck(p, *contents[p], outputs.get(p, 0.0)) for p in order]
+    return VerifyReport(str(path), stored.format, *logits, tolerance, checks, other, notes)
+
+
+class _Stored:
+    """The tensors of an export directory, read one at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not (path / "config.json").is_file():
+            raise CheckpointError(
+                explain(str(path), "an export with a config.json", "none", "Point at what export() wrote.")
+            )
+        try:
+            config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+            index_file = path / "model.safetensors.index.json"
+            if index_file.is_file():
+                self.files = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
+            else:
+                with self._open("model.safetensors") as file:
+                    self.files = dict.fromkeys(file.keys(), "model.safetensors")
+        except (json.JSONDecodeError, KeyError) as error:
+            raise CheckpointError(explain(str(path), "whole JSON files", repr(error), "Export again.")) from error
+        self.format = "compressed-tensors" if "quantization_config" in config else "folded"
+
+    def _open(self, name: str) -> Any:
+        try:
+            return safe_open(self.path / name, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                explain(str(self.path / name), "a whole safetensors file", str(error), "Export again.")
+            ) from error
+
+    def tensor(self, name: str) -> Tensor:
+        if name not in self.files:
+            raise CheckpointError(
+                explain(str(self.path), f"a tensor {name}", "none", "It was exported from another model; export again.")
+            )
+        with self._open(self.files[name]) as file:
+            value: Tensor = file.get_tensor(name)
+            return value
+
+
+def _compare_tensors(stored: _Stored, trained: nn.Module) -> tuple[dict[str, tuple[int, float]], list[str]]:
+    contents: dict[str, tuple[int, float]] = {}
+    other = []
+    for name, tensor, layer in float_tensors(trained):
+        path = name.removesuffix(".weight")
+        if layer is None:
+            if not torch.equal(stored.tensor(name), tensor.detach().cpu()):
+                other.append(name)
+        elif stored.format == "folded":
+            differs = stored.tensor(name) != layer.weight_quant.on_grid(layer.weight).cpu()
+            contents[path] = (int(differs.sum()), 0.0)
+        else:
+            contents[path] = _compare_layer(stored, path, layer)
+    return contents, other
+
+
+def _compare_layer(stored: _Stored, path: str, layer: QuantLayer) -> tuple[int, float]:
+    from compressed_tensors.compressors import unpack_from_int32
+
+    codes, scale, _ = (None if t is None else t.cpu() for t in layer.weight_quant.stored(layer.weight))
+    assert codes is not None
+    assert scale is not None
+    if layer_format(layer) == PACKED:
+        shape = torch.Size(stored.tensor(f"{path}.weight_shape").tolist())
+        found = unpack_from_int32(stored.tensor(f"{path}.weight_packed"), int(layer.weight_quant.spec.bits), shape)
+    else:
+        found = stored.tensor(f"{path}.weight")
+    found_scale = stored.tensor(f"{path}.weight_scale")
+    if found.shape != codes.shape:
+        return codes.numel(), float("inf")
+    scale = scale.expand(codes.shape[0]).unsqueeze(1) if scale.ndim == 1 else scale
+    difference = float((found_scale.double() - scale.double()).abs().max())
+    inputs = layer.input_quant
+    if inputs is not None and not inputs.spec.dynamic:
+        gap = (stored.tensor(f"{path}.input_scale").double() - inputs.scale.detach().cpu().double()).abs().max()
+        difference = max(difference, float(gap))
+    return int((found != codes).sum()), difference
+
+
+def _notes(trained: nn.Module, format: str) -> list[str]:
+    inputs = [q for _, q in quantizers(trained) if not q.is_weight]
+    if not inputs:
+        return []
+    if format == "folded":
+        return ["a folded checkpoint keeps activations in float; outputs are compared without input quantizers"]
+    if any(q.spec.dynamic and q.target == "vllm" for q in inputs):
+        return [
+            "trained for target='vllm' (dynamic scale absmax/127); the reader here divides by 127.5, so outputs are "
+            "compared under the reader's rule on both sides"
+        ]
+    return []
+
+
+def _compare_outputs(
+    path: Path, trained: nn.Module, inputs: Mapping[str, Tensor] | None
+) -> tuple[dict[str, float], tuple[float, float]]:
+    shipped = _read(path, trained)
+    if inputs is None:
+        vocabulary = int(trained.config.get_text_config().vocab_size)  # type: ignore[union-attr,operator]
+        ids = torch.randint(0, vocabulary, (2, 32), generator=torch.Generator().manual_seed(0))
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    device = next(trained.parameters()).device
+    paths = [p for p, _ in quant_layers(trained)]
+    with _ReaderRules(trained, folded=not hasattr(shipped.config, "quantization_config")):
+        theirs = _run(trained, {k: v.to(device) for k, v in inputs.items()}, paths)
+    ours = _run(shipped, inputs, paths)
+    outputs = {p: float((ours[p] - theirs[p]).abs().max()) for p in theirs if p in ours and p}
+    gap = (ours[""] - theirs[""]).abs()
+    return outputs, (float(gap.max()), float(gap.mean()))
+
+
+def _read(path: Path, trained: nn.Module) -> Any:
+    import transformers
+
+    kind = getattr(transformers, type(trained).__name__)
+    try:
+        model, info = kind.from_pretrained(path, output_loading_info=True)
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise CheckpointError(explain(str(path), "an export its reader loads", str(error), "Export again.")) from error
+    wrong = {k: v for k, v in info.items() if v}
+    if wrong:
+        raise CheckpointError(
+            explain(
+                str(path), "a clean loading report", str(wrong)[:300], "The reader would compute with random weights."
+            )
+        )
+    return model.eval()
+
+
+@torch.no_grad()
+def _run(model: nn.Module, inputs: Mapping[str, Tensor], paths: list[str]) -> dict[str, Tensor]:
+    """Outputs of these layers in the order they ran, and of the model under the empty name."""
+    found: dict[str, Tensor] = {}
+
+    def keep(path: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            found[path] = output.detach().float().cpu()
+
+        return hook
+
+    handles = [model.get_submodule(p).register_forward_hook(keep(p)) for p in paths]
+    try:
+        output = model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    first = output if isinstance(output, Tensor) else output["logits"] if "logits" in output else output[0]
+    found[""] = first.detach().float().cpu()
+    return found
+
+
+class _ReaderRules:
+    """While comparing outputs, let the trained model follow what the reader does to activations."""
+
+    def __init__(self, trained: nn.Module, folded: bool) -> None:
+        self.trained, self.folded = trained, folded
+
+    def __enter__(self) -> None:
+        self.layers = [(layer, layer.input_quant) for _, layer in quant_layers(self.trained)]
+        self.targets = [(q, q.target) for _, q in quantizers(self.trained)]
+        for q, _ in self.targets:
+            q.target = "transformers"
+        if self.folded:
+            for layer, _ in self.layers:
+                layer.input_quant = None
+
+    def __exit__(self, *error: object) -> None:
+        for q, target in self.targets:
+            q.target = target
+        for layer, inputs in self.layers:
+            layer.input_quant = inputs

@@ -1,0 +1,185 @@
+"""Writing a checkpoint directory: shard by shard, complete or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lightning_quant import distributed
+from lightning_quant.attach import quant_layers, quantizers
+from lightning_quant.errors import explain
+from lightning_quant.layers import QuantLayer
+from lightning_quant.spec import QuantConfig
+
+CONFIG_FILE = "quant_config.json"
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export wrote.
+
+    Attributes:
+        path: The directory.
+        format: Its format.
+        total_bytes: Bytes of the tensors written.
+        float_bytes: Bytes the same tensors had in training.
+        files: Weight files, in order.
+    """
+
+    path: Path
+    format: str
+    total_bytes: int
+    float_bytes: int
+    files: list[str]
+
+    def __str__(self) -> str:
+        """One line."""
+        return (
+            f"{self.path}: {self.format}, {self.total_bytes / 2**20:.2f} MiB "
+            f"(float {self.float_bytes / 2**20:.2f} MiB) in {len(self.files)} file(s)"
+        )
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A temporary directory beside ``path`` that becomes it if the block ends well and vanishes if not.
+
+    Raises:
+        FileExistsError: ``path`` exists; nothing is touched.
+    """
+    if path.exists():
+        raise FileExistsError(
+            explain(
+                str(path), "a directory that does not exist yet", "an existing one", "Choose another, or remove it."
+            )
+        )
+    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    if distributed.rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+    try:
+        yield temporary
+        if distributed.rank() == 0:
+            os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+class Sink:
+    """Takes named tensors, keeps at most one shard of them, writes the shards and their index.
+
+    Args:
+        directory: Where to write.
+        max_shard_bytes: A shard is written before it grows beyond this.
+    """
+
+    def __init__(self, directory: Path, max_shard_bytes: int) -> None:
+        self.directory, self.max_shard_bytes = directory, max_shard_bytes
+        self.writes = distributed.rank() == 0
+        self.total_bytes = self.float_bytes = 0
+        self.files: list[str] = []
+        self._held: dict[str, Tensor] = {}
+        self._held_bytes = 0
+        self._shard_of: dict[str, int] = {}
+        self._shards = 0
+
+    def add(self, name: str, tensor: Tensor, float_bytes: int | None = None) -> None:
+        """Take one tensor.
+
+        Args:
+            name: Its key.
+            tensor: Its value, whole.
+            float_bytes: What it took in training; None: the same.
+        """
+        size = tensor.numel() * tensor.element_size()
+        if self._held and self._held_bytes + size > self.max_shard_bytes:
+            self._flush()
+        self.total_bytes += size
+        self.float_bytes += size if float_bytes is None else float_bytes
+        if self.writes:
+            self._held[name] = tensor.detach().cpu().contiguous()
+            self._held_bytes += size
+            self._shard_of[name] = self._shards
+
+    def json(self, name: str, data: Any) -> None:
+        """Write a JSON file."""
+        if self.writes:
+            (self.directory / name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+    def finish(self) -> None:
+        """Write what is left, give the shards their final names, write the index."""
+        self._flush()
+        names = ["model.safetensors"]
+        if self._shards > 1:
+            names = [f"model-{i + 1:05d}-of-{self._shards:05d}.safetensors" for i in range(self._shards)]
+        for i, name in enumerate(names[: self._shards]):
+            os.replace(self.directory / f"shard-{i}", self.directory / name)
+        self.files = names[: self._shards]
+        if self._shards > 1:
+            index = {k: names[i] for k, i in self._shard_of.items()}
+            self.json(
+                "model.safetensors.index.json", {"metadata": {"total_size": self.total_bytes}, "weight_map": index}
+            )
+
+    def _flush(self) -> None:
+        if not self._held:
+            return
+        save_file(self._held, self.directory / f"shard-{self._shards}", metadata={"format": "pt"})
+        self._shards += 1
+        self._held, self._held_bytes = {}, 0
+
+
+def float_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, QuantLayer | None]]:
+    """The float model's state dict, each storage once, with the quantized layer that owns a weight."""
+    layers = {f"{path}.weight": layer for path, layer in quant_layers(model)}
+    mine = tuple(f"{path}." for path, _ in quantizers(model))
+    seen: set[tuple[Any, ...]] = set()
+    for name, tensor in model.state_dict().items():
+        if name.startswith(mine):
+            continue
+        storage = distributed.to_local(tensor)
+        key = (storage.data_ptr(), storage.shape, storage.stride())
+        if storage.numel() and key in seen:
+            continue
+        seen.add(key)
+        yield name, tensor, layers.get(name)
+
+
+def write_model_files(model: nn.Module, sink: Sink, tokenizer: Any, config: QuantConfig | None, extra: Any) -> None:
+    """Write config.json (with ``extra`` as its ``quantization_config``), generation config, tokenizer, our config.
+
+    Args:
+        model: With a ``config`` if it is transformers'.
+        sink: Where to.
+        tokenizer: Or None.
+        config: Or None.
+        extra: Or None.
+    """
+    if config is not None:
+        sink.json(CONFIG_FILE, config.to_dict())
+    if not sink.writes:
+        return
+    own = getattr(model, "config", None)
+    if own is not None and hasattr(own, "save_pretrained"):
+        data = json.loads(own.to_json_string(use_diff=True))
+        data["architectures"] = [type(model).__name__]
+        data["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
+        if extra is not None:
+            data["quantization_config"] = extra
+        sink.json("config.json", data)
+        generation = getattr(model, "generation_config", None)
+        if generation is not None:
+            generation.save_pretrained(sink.directory)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(sink.directory)
