@@ -1,0 +1,19 @@
+"""One thread and fixed seeds: every test draws the same numbers on every machine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("repo", derandomize=True, deadline=None, max_examples=40, database=None)
+settings.load_profile("repo")
+
+
+@pytest.fixture(autouse=True)
+def _reproducible():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
