@@ -222,9 +222,13 @@ class QuantConfig:
             )
         _known(data, QuantConfig, where)
         for name in ("weight", "activation"):
-            data[name] = _spec(data.get(name), f"{where}.{name}")
+            if name in data:
+                data[name] = _spec(data[name], f"{where}.{name}")
         rules = []
         for i, rule in enumerate(data.get("rules") or ()):
+            if not isinstance(rule, Mapping) or "match" not in rule:
+                cure = 'Write for example {match: "*.lm_head", weight: null}.'
+                raise ValueError(explain(f"{where}.rules[{i}]", "a mapping with the key match", repr(rule), cure))
             _known(rule, LayerRule, f"{where}.rules[{i}]")
             rule = dict(rule)
             for name in ("weight", "activation"):
