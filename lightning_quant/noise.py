@@ -7,6 +7,8 @@ group draw the same numbers, with no generator to save.  The mixer is the 32-bit
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
@@ -21,9 +23,25 @@ def uniform(shape: torch.Size, step: Tensor, salt: int) -> Tensor:
         step: Optimizer step, int64, 0-dim, on the device the result shall be on.
         salt: Tells layers apart.
     """
-    index = torch.arange(shape.numel(), device=step.device)
-    h = (index + step * 0x9E3779B1 + (salt & _MASK) * 0x85EBCA77) & _MASK
-    h = ((h ^ (h >> 16)) * 0x7FEB352D) & _MASK
-    h = ((h ^ (h >> 15)) * 0x846CA68B) & _MASK
-    h = h ^ (h >> 16)
-    return ((h >> 8).to(torch.float32) * 2.0**-24).reshape(shape)
+    count = shape.numel()
+    index = torch.arange(count, dtype=torch.int32 if count < 2**31 else torch.int64, device=step.device)
+    start = (step * 0x9E3779B1 + (salt & _MASK) * 0x85EBCA77) & _MASK
+    # In int32, whose products wrap as meant: a third of the time and half of the memory of int64.
+    h = index.to(torch.int32).add_(_signed(start).to(torch.int32))
+    h = h.bitwise_xor_(_shift(h, 16)).mul_(0x7FEB352D)
+    h = h.bitwise_xor_(_shift(h, 15)).mul_(_signed(0x846CA68B))
+    h = h.bitwise_xor_(_shift(h, 16))
+    return _shift(h, 8).to(torch.float32).mul_(2.0**-24).reshape(shape)
+
+
+_Word = TypeVar("_Word", int, Tensor)
+
+
+def _signed(word: _Word) -> _Word:
+    """The 32-bit two's complement number with these bits."""
+    return (word ^ 0x80000000) - 0x80000000
+
+
+def _shift(h: Tensor, by: int) -> Tensor:
+    """Logical shift to the right."""
+    return (h >> by).bitwise_and_((1 << (32 - by)) - 1)

@@ -58,7 +58,7 @@ class Bins(NamedTuple):
 
     def offset(self) -> Tensor:
         """Position inside the bin between two levels, in [-1/2, 1/2]."""
-        bin_index = torch.floor(self.u).clamp_(self.low, max(self.high - 1, self.low))
+        bin_index = torch.floor(self.u).clamp_(max=max(self.high - 1, self.low))
         return (self.u - bin_index).sub_(0.5)
 
 
@@ -120,7 +120,12 @@ class Estimator:
 
 
 class FakeQuantize(torch.autograd.Function):
-    """Hard quantization forward, an estimator's rule backward.  Saves the input and small tensors only."""
+    """Hard quantization forward, an estimator's rule backward.
+
+    Saves the input (a weight is resident anyway), the estimator's tensors and small ones; nothing at all
+    where the backward is the identity.  It is a chain of float passes because those run at the speed of
+    memory everywhere; comparisons, masks of bool and tanh cost 5 to 30 passes each on a CPU.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -149,7 +154,8 @@ class FakeQuantize(torch.autograd.Function):
             rule: The estimator.
             inputs: Its tensors.
         """
-        ctx.save_for_backward(x, scale, *((zero,) if isinstance(zero, Tensor) else ()), *inputs)
+        if clips or rule.needs_bins or ctx.needs_input_grad[1]:
+            ctx.save_for_backward(x, scale, *((zero,) if isinstance(zero, Tensor) else ()), *inputs)
         ctx.constants = (None if isinstance(zero, Tensor) else zero, bounds, clips, factor, blending, rule)
         wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
         u = torch.div(wide, scale)
@@ -168,29 +174,35 @@ class FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         """Apply the rule; see the module's formulas."""
         zero, (low, high), clips, factor, _, rule = ctx.constants
+        learns = ctx.needs_input_grad[1]
+        if not (clips or rule.needs_bins or learns):
+            return (grad, *(None,) * (len(ctx.needs_input_grad) - 1))
         x, scale, *inputs = ctx.saved_tensors
         if zero is None:
             zero, *inputs = inputs
         offset = isinstance(zero, Tensor) or zero != 0
-        learns = ctx.needs_input_grad[1]
-        if not (clips or learns or rule.needs_bins):
-            return (grad, *(None,) * 7, *(None,) * len(inputs))
         wide = torch.promote_types(x.dtype, torch.float32)
         g = grad.to(wide)
         u = torch.div(x.to(wide), scale)
         if offset:
             u = u.add_(zero)
-        inside = u.clamp(low, high)
-        kept = g
-        if clips:
-            kept = g.masked_fill(u != inside, 0.0)
+        kept = _inside(g, u, low, high) if clips else g
         bins = None
         if learns or rule.needs_bins:
+            inside = u.clamp(low, high)
             bins = Bins(inside, inside.round(), low, high, scale)
         out = rule.gradient(kept, bins, tuple(inputs))
         scale_grad = None
         if learns and bins is not None:
             code, real = (bins.code - zero, u - zero) if offset else (bins.code, u)
-            terms = (g * code).sub_(out.task * real)
+            terms = (g * code).addcmul_(out.task, real, value=-1)
             scale_grad = terms.sum_to_size(scale.shape).mul_(factor).to(scale.dtype)
         return (out.x.to(grad.dtype), scale_grad, *(None,) * 6, *out.state)
+
+
+def _inside(g: Tensor, u: Tensor, low: int, high: int) -> Tensor:
+    """``g`` where low <= u <= high, else 0: one pass of the hard tanh's derivative, whose ends are open."""
+    eps, tiny = torch.finfo(u.dtype).eps, torch.finfo(u.dtype).tiny
+    below = low - eps * 2 ** ((-low).bit_length() - 1)
+    above = high + (eps * 2 ** (high.bit_length() - 1) if high else tiny)
+    return torch.ops.aten.hardtanh_backward(g, u, below, above)  # type: ignore[no-any-return]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from lightning_quant.errors import explain
@@ -43,6 +44,6 @@ class Ewgs(Estimator):
         """See the class."""
         if bins is None or self.delta == 0:
             return Gradient(g, g, ())
-        error = (bins.u - bins.code).mul_(self.delta / (bins.high - bins.low))
-        g = error.mul_(g.abs()).add_(g)
+        share = self.delta / (bins.high - bins.low)
+        g = torch.addcmul(g, bins.u - bins.code, g.abs(), value=share)
         return Gradient(g, g, ())
