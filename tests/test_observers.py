@@ -92,5 +92,5 @@ def test_mse_refuses(settings):
 
 def test_names():
     assert isinstance(build_observer("ema", "here"), Ema)
-    with pytest.raises(ValueError, match="TensorSpec.observer: .*got 'minmx'. Did you mean observer 'minmax'"):
+    with pytest.raises(ValueError, match=r"TensorSpec.observer: .*got 'minmx'. Did you mean observer 'minmax'"):
         build_observer("minmx", "TensorSpec.observer")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import pytest
 from oracle import replacement_share
 
@@ -56,8 +59,6 @@ def test_alpha_annealing(curve, values):
 
 
 def test_hardness_is_linear_in_k():
-    import math
-
     schedule = Schedule("hardness", 0.2, 0.02)
     k = [math.log(2 / schedule(t, 4) - 1) for t in range(5)]
     assert k == pytest.approx([2.1972246 + (4.5951199 - 2.1972246) * t / 4 for t in range(5)], rel=1e-7)
@@ -76,7 +77,7 @@ def test_ends_and_beyond(curve):
 @pytest.mark.parametrize("curve", [c for c in CURVES if c != "constant"])
 def test_monotone(curve):
     values = [Schedule(curve, 0.1, 0.9)(t, 200) for t in range(201)]
-    assert all(b >= a for a, b in zip(values, values[1:], strict=False))
+    assert all(b >= a for a, b in itertools.pairwise(values))
 
 
 def test_constant_needs_no_length():

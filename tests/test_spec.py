@@ -142,7 +142,7 @@ def test_resolve_weight_keeps_explicit_choices():
     assert spec.learn_scale is False
     spec = resolve_weight(TensorSpec(8, observer="minmax"), False, False)
     assert (spec.dynamic, spec.observer) == (False, "minmax")
-    with pytest.raises(ValueError, match="tensor, channel or group for weights, got 'token'|got token"):
+    with pytest.raises(ValueError, match="tensor, channel or group for weights, got token"):
         resolve_weight(TensorSpec(4, granularity="token"), False, False)
 
 
@@ -196,7 +196,7 @@ def test_rule_matching(pattern, path, expected):
 
 def test_rule_reads_a_scheme_string():
     assert LayerRule("*", weight="w2-g64").weight == TensorSpec(2, True, "group", 64)
-    with pytest.raises(ValueError, match="the form w{1"):
+    with pytest.raises(ValueError, match=re.escape(GRAMMAR)):
         LayerRule("*", weight="two bits")
     with pytest.raises(ValueError, match=r"LayerRule\('\*'\).activation: .*Write TensorSpec\(bits=8\)"):
         LayerRule("*", activation="a8")

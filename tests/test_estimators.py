@@ -1,0 +1,514 @@
+"""The gradient contract: backward equals the stated formula for every estimator, dtype and granularity."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from torch import nn, tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from lightning_quant.estimators import ESTIMATORS, Estimator, FakeQuantize, build_estimator
+from lightning_quant.estimators.dsq import Dsq
+from lightning_quant.estimators.ewgs import Ewgs
+from lightning_quant.estimators.lsq import Lsq
+from lightning_quant.estimators.pege import Pege
+from lightning_quant.estimators.pege_replace import PegeReplace
+from lightning_quant.estimators.ste import Ste
+from lightning_quant.granularity import Granularity
+from lightning_quant.quantizer import FakeQuantizer
+from lightning_quant.spec import TensorSpec
+
+LAM = 2.0**-3  # exact in float32, in which scheduled scalars live
+OPTIONS = {
+    "ewgs": {"delta": 0.25},
+    "pege": {"lam": LAM, "sharpness": 4.0, "initial": 0.5},
+    "pege_replace": {"share": 0.5, "lam": LAM},
+}
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.2e-2, torch.float64: 1e-11}
+KINDS = ("channel", "group", "tensor", "token", "static")
+
+
+def quantizer_of(method, kind, dtype=torch.float32, *, bits=4, symmetric=True, learn=None, shape=(4, 128)) -> tuple:
+    """A quantizer with a random state, and an input of which some values lie beyond its range."""
+    rule = method if isinstance(method, Estimator) else build_estimator(method, OPTIONS.get(method))
+    learn = rule.learns_scale if learn is None else learn
+    if kind in ("token", "static"):
+        dynamic = kind == "token"
+        spec = TensorSpec(
+            bits, symmetric, "token" if dynamic else "tensor", None, dynamic, "ema", learn and not dynamic
+        )
+        x = torch.randn(3, 5, shape[1], dtype=torch.float64)
+        q = FakeQuantizer(spec, Granularity(spec.granularity, None), rule, channels=shape[1], dtype=dtype, salt=11)
+    else:
+        size = 32 if kind == "group" else None
+        spec = TensorSpec(bits, symmetric, kind, size, False, "mse", learn)
+        x = torch.randn(shape, dtype=torch.float64)
+        q = FakeQuantizer(spec, Granularity(kind, 0, size or 0), rule, shape=shape, dtype=dtype, salt=11)
+    x = x.to(dtype)
+    for name, schedule in rule.schedules().items():
+        q._buffers[name].fill_(schedule(0, 100))
+    if "step" in q._buffers:
+        q.step.fill_(5)
+    if isinstance(q._parameters.get("theta"), nn.Parameter):
+        q.theta.data.uniform_()
+    if not spec.dynamic:
+        flat = q.granularity.flat(x).double()
+        q.set_range(0.7 * flat.amin(dim=1), 0.6 * flat.amax(dim=1))
+    return q, x.requires_grad_()
+
+
+def array(t):
+    return t.detach().double().numpy()
+
+
+def per_element(q, x, values):
+    """A value per scale, spread over the elements of ``x``; written without the code under test."""
+    values = array(values)
+    if values.size == 1:
+        return np.full(x.shape, values.item())
+    if q.granularity.kind == "group":
+        return np.repeat(values, x.shape[1] // values.shape[1], axis=1)
+    return np.broadcast_to(values, x.shape)
+
+
+def theta_per_element(q, x):
+    theta = array(q.theta)
+    if not q.is_weight:
+        return np.broadcast_to(theta, x.shape)
+    if q.theta.dtype == torch.uint8:
+        return theta / 255
+    if theta.shape == x.shape:
+        return theta
+    return np.repeat(theta, x.shape[1] // theta.shape[1], axis=1)
+
+
+def expected(q, x, g):
+    """(y, dL/dx, dL/ds, dL/dtheta) by the oracle; the last per element of the shared parameter."""
+    name = next(n for n, kind in ESTIMATORS.items() if type(q.estimator) is kind)
+    xs, gs = array(x), array(g)
+    if q.spec.dynamic:
+        s, z = oracle.scale_symmetric(np.abs(xs).max(axis=-1, keepdims=True), q.spec.bits), 0.0
+        s = array(tensor(s).to(x.dtype))  # the scale is stored at the input's precision
+    else:
+        s = per_element(q, x, q.scale)
+        z = 0.0 if q.spec.symmetric else per_element(q, x, q.zero)
+    low, high = oracle.bounds(q.spec.bits)
+    y = oracle.quantize(xs, s, z, low, high)
+    clips = not q.spec.dynamic
+    count = 1 if q.is_weight else x.numel()  # an activation's pull is a mean over elements
+    if name in ("ste", "lsq"):
+        gx, task, theta = oracle.ste(gs, xs, s, z, low, high, clips)
+    elif name == "ewgs":
+        gx, task, theta = oracle.ewgs(gs, xs, s, z, low, high, q.estimator.delta, clips)
+    elif name == "dsq":
+        gx, task, theta = oracle.dsq(gs, xs, s, z, low, high, array(q.alpha).item(), clips)
+        theta = np.array([theta.sum()])
+    elif name == "pege":
+        b = theta_per_element(q, x)
+        gx, task, theta = oracle.pege(gs, xs, s, z, low, high, b, array(q.sharpness), LAM / count, clips)
+        if not q.is_weight:
+            theta = theta.reshape(-1, x.shape[-1]).sum(axis=0)
+        elif theta.shape != tuple(q.theta.shape):
+            theta = theta.reshape(*q.theta.shape, -1).sum(axis=-1)
+    elif name == "pege_replace":
+        m = (oracle.uniform(xs.shape, 5, q.salt) < q.estimator.share).astype(float)
+        y = np.where(m == 1, y, xs)
+        gx, task, theta = oracle.pege_replace(gs, xs, s, z, low, high, m, LAM / count, clips)
+    else:
+        raise AssertionError(f"method {name!r} states no formula here: add it to the oracle and to this function")
+    terms = oracle.scale_terms(gs, task, xs, s, z, low, high)
+    gs = None
+    if q.spec.learn_scale:
+        n = x.numel() // q.scale.numel() if q.is_weight else math.prod(x.shape[1:])
+        shape = (*q.scale.shape, -1) if q.granularity.kind == "group" else (q.scale.shape[0], -1)
+        gs = (terms.reshape(shape).sum(axis=-1) / np.sqrt(n * high)).reshape(q.scale.shape)
+    return y, gx, gs, theta
+
+
+def close(got, want, dtype, what):
+    """Elementwise, relative to the size of the array's entries."""
+    bound = TOLERANCE[dtype] * max(np.abs(want).max(), 1e-3)
+    assert got.shape == want.shape, what
+    assert np.abs(array(got) - want).max() <= bound, what
+
+
+def check(q, x):
+    g = torch.randn(x.shape, dtype=torch.float64).to(x.dtype)
+    y = q(x)
+    assert y.dtype == x.dtype
+    y.backward(g)
+    want_y, want_x, want_s, want_theta = expected(q, x, g)
+    close(y, want_y, x.dtype, "output")
+    close(x.grad, want_x, x.dtype, "gradient of x")
+    assert (array(x.grad)[want_x == 0] == 0).all()
+    if want_s is not None:
+        close(q.scale.grad, want_s, x.dtype, "gradient of the scale")
+    learned = [p for n, p in q.named_parameters() if n in ("theta", "alpha")]
+    if learned:
+        close(learned[0].grad, want_theta, x.dtype, "gradient of the state")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", ESTIMATORS)
+def test_backward_is_the_stated_formula(method, kind, dtype):
+    check(*quantizer_of(method, kind, dtype))
+
+
+@pytest.mark.parametrize("kind", ["channel", "group", "tensor", "static"])
+@pytest.mark.parametrize("method", ESTIMATORS)
+def test_asymmetric_grids(method, kind):
+    check(*quantizer_of(method, kind, torch.float64, symmetric=False, bits=3))
+
+
+@pytest.mark.parametrize("bits", [1.58, 2, 8])
+@pytest.mark.parametrize("method", ESTIMATORS)
+def test_other_widths(method, bits):
+    check(*quantizer_of(method, "channel", torch.float64, bits=bits))
+
+
+@pytest.mark.parametrize("method", ESTIMATORS)
+def test_fixed_scales(method):
+    q, x = quantizer_of(method, "group", torch.float64, learn=False)
+    check(q, x)
+    assert "scale" not in dict(q.named_parameters())
+
+
+@pytest.mark.parametrize("kind", ["channel", "group", "tensor"])
+@pytest.mark.parametrize(("theta", "theta_dtype"), [("element", "float32"), ("element", "uint8"), ("channel", "uint8")])
+def test_pege_sharing(theta, theta_dtype, kind):
+    rule = Pege(theta=theta, theta_dtype=theta_dtype, lam=LAM, sharpness=4.0, initial=0.5)
+    check(*quantizer_of(rule, kind, torch.float64))
+
+
+@pytest.mark.parametrize("group_size", [64, 128])
+def test_pege_group_theta_when_one_group_fills_the_row(group_size):
+    """A row of one scale group is cut into groups of 64 for Theta, as under per-channel scales."""
+    rule = Pege(lam=LAM, initial=0.5)
+    spec = TensorSpec(4, True, "group", group_size, False, "mse", False)
+    x = torch.randn(3, group_size, dtype=torch.float64, requires_grad=True)
+    grouped = FakeQuantizer(spec, Granularity("group", 0, group_size), rule, shape=x.shape, dtype=x.dtype)
+    spec = TensorSpec(4, True, "channel", None, False, "mse", False)
+    by_row = FakeQuantizer(spec, Granularity("channel", 0), rule, shape=x.shape, dtype=x.dtype)
+    for q in (grouped, by_row):
+        q.lam.fill_(LAM)
+        q.theta.data.copy_(torch.linspace(0, 1, q.theta.numel()).reshape(q.theta.shape))
+        q.fit_range(x)
+    assert torch.equal(grouped(x), by_row(x))
+    g = torch.randn_like(x)
+    grads = [torch.autograd.grad(q(x), (x, q.theta), g) for q in (grouped, by_row)]
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-14, atol=1e-14)
+
+
+# --- the ends of the range ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_mask_is_closed_and_ends_at_the_outermost_level(bits, dtype):
+    low, high = oracle.bounds(bits)
+    edge = tensor([float(low), float(high)], dtype=dtype)
+    beyond = torch.nextafter(edge, edge * 2)
+    x = torch.cat([edge, beyond, tensor([-math.inf, math.inf], dtype=dtype)]).requires_grad_()
+    FakeQuantize.apply(x, tensor([1.0], dtype=dtype), 0.0, (low, high), True, 1.0, False, Ste()).sum().backward()
+    assert x.grad.tolist() == [1, 1, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("method", ESTIMATORS)
+def test_infinite_and_zero_inputs_have_finite_gradients(method):
+    q, _ = quantizer_of(method, "tensor", learn=False, shape=(1, 4))
+    x = tensor([[-math.inf, 0.0, 1e-3, math.inf]], requires_grad=True)
+    q.eval()(x).sum().backward()
+    assert x.grad.isfinite().all()
+    assert x.grad[0, 0] == x.grad[0, 3] == 0
+
+
+@pytest.mark.parametrize("method", ESTIMATORS)
+@pytest.mark.parametrize("kind", ["token", "static"])
+def test_empty_batch(method, kind):
+    """A float layer takes an empty batch (an expert without tokens), so a quantized one does."""
+    q, _ = quantizer_of(method, kind)
+    x = torch.empty(0, 128, requires_grad=True)
+    y = q(x)
+    y.sum().backward()
+    assert y.shape == x.grad.shape == (0, 128)
+
+
+# --- neutral settings -----------------------------------------------------------------------------------------------
+
+NEUTRAL = {
+    "ewgs": Ewgs(delta=0.0),
+    "pege": Pege(lam=0.0, initial=0.0),
+    "pege_replace": PegeReplace(share=1.0, lam=0.0),
+    "dsq": Dsq(alpha=0.9999),
+    "lsq": Lsq(),
+}
+
+
+def test_every_method_has_a_neutral_setting():
+    assert set(NEUTRAL) == set(ESTIMATORS) - {"ste"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", NEUTRAL)
+def test_neutral_setting_is_straight_through(name, kind):
+    grads = []
+    for rule in (NEUTRAL[name], Ste()):
+        torch.manual_seed(1)
+        q, x = quantizer_of(rule, kind, torch.float64, learn=False)
+        if name == "pege" and rule is not Ste() and "theta" in dict(q.named_parameters()):
+            q.theta.data.zero_()
+        y = q(x)
+        y.backward(torch.linspace(-1, 1, x.numel(), dtype=x.dtype).reshape(x.shape))
+        grads.append((y.detach(), x.grad))
+    tolerance = 1e-6 if name == "dsq" else 0.0  # alpha -> 1 is a limit
+    torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=tolerance)
+
+
+def test_pege_with_b_1_is_dsq():
+    alpha = 0.2
+    pege = Pege(theta="channel", initial=1.0, lam=0.0, sharpness=math.log(2 / alpha - 1))
+    grads = []
+    for rule in (pege, Dsq(alpha=alpha)):
+        torch.manual_seed(1)
+        q, x = quantizer_of(rule, "channel", torch.float64, learn=False)
+        if rule is pege:
+            q.theta.data.fill_(1.0)
+        q(x).sum().backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-6, atol=1e-7)
+
+
+# --- published and hand-computed vectors ----------------------------------------------------------------------------
+
+
+def run(rule, x, scale, bits, g, inputs=(), zero=0.0, factor=1.0, blending=False):
+    """Output and gradients of x, scale and inputs for hand-written numbers in float64."""
+    x, scale = (tensor(v, dtype=torch.float64, requires_grad=True) for v in (x, scale))
+    inputs = tuple(tensor(v, dtype=torch.float64, requires_grad=True) for v in inputs)
+    y = FakeQuantize.apply(x, scale, zero, oracle.bounds(bits), True, factor, blending, rule, *inputs)
+    y.backward(tensor(g, dtype=torch.float64))
+    return y.tolist(), x.grad.tolist(), scale.grad.tolist(), [i.grad for i in inputs]
+
+
+def test_vector_ste():
+    x, g = [-1.2, -0.35, -0.1, 0.12, 0.26, 0.9], [1.0] * 6
+    y, gx, _, _ = run(Ste(), x, [0.25], 2, g)
+    assert y == [-0.5, -0.25, 0, 0, 0.25, 0.25]
+    assert gx == [0, 1, 1, 1, 0, 0]  # clamp first: .26 lies beyond .25
+
+
+@pytest.mark.parametrize(
+    ("bits", "y", "terms", "factor", "total"),
+    [
+        (2, [-0.5, -0.25, 0, 0, 0.25, 0.25], [-2, 0.4, 0.4, -0.48, 1, 1], 0.40824829, 0.13063945),
+        (4, [-1.25, -0.25, 0, 0, 0.25, 1.0], [-0.2, 0.4, 0.4, -0.48, -0.04, 0.4], 0.15430335, 0.07406561),
+    ],
+)
+def test_vector_lsq(bits, y, terms, factor, total):
+    x = [-1.2, -0.35, -0.1, 0.12, 0.26, 0.9]
+    for i, term in enumerate(terms):
+        _, _, gs, _ = run(Lsq(), x, [0.25], bits, np.eye(6)[i].tolist())
+        assert gs == pytest.approx([term])
+    spec = TensorSpec(bits, True, "tensor", None, False, "mse", True)
+    q = FakeQuantizer(spec, Granularity("tensor"), Lsq(), shape=(1, 6), dtype=torch.float64)
+    q.scale.data.fill_(0.25)
+    q.ready = True
+    weight = tensor([x], dtype=torch.float64)
+    out = q(weight)
+    out.sum().backward()
+    assert out.tolist() == [y]
+    assert q._factor(weight) == pytest.approx(factor, rel=1e-7)
+    assert q.scale.grad.item() == pytest.approx(total, rel=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("x", "bits", "hard", "dx", "d_alpha"),
+    [
+        (0.3, 2, 1 / 3, 0.58667195, -0.05082794),
+        (0.05, 2, 1 / 3, 1.33663740, -0.08392003),
+        (0.7, 1, 1.0, 0.79953331, -0.40515755),
+    ],
+)
+def test_vector_dsq(x, bits, hard, dx, d_alpha):
+    """Range [-1, 1], alpha .2: the step is 2 / (2^b - 1) and the lowest level lies at -1."""
+    scale = 2 / (2**bits - 1)
+    zero = oracle.bounds(bits)[0] + 1 / scale
+    y, gx, _, (g_alpha,) = run(Dsq(), [x], [scale], bits, [1.0], inputs=([0.2],), zero=zero)
+    assert y == pytest.approx([hard])
+    assert gx == pytest.approx([dx], rel=1e-7)
+    assert g_alpha.tolist() == pytest.approx([d_alpha], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "peak", "trough"),
+    [
+        (0.5, 1.0986, 0.8240),
+        (0.4, 1.1552, 0.7394),
+        (0.2, 1.3733, 0.4944),
+        (0.1, 1.6358, 0.3108),
+        (0.02, 2.3444, 0.0928),
+    ],
+)
+def test_dsq_slopes(alpha, peak, trough):
+    """Steepest between two levels, flattest on them, 1 on average over a bin."""
+    x = (np.arange(1000) + 0.5) / 1000
+    _, gx, _, _ = run(Dsq(), [0.5, 0.0, *x], [1.0], 4, [1.0] * 1002, inputs=([alpha],))
+    assert gx[:2] == pytest.approx([peak, trough], abs=5.1e-5)
+    assert np.mean(gx[2:]) == pytest.approx(1.0, rel=1e-5)
+
+
+@pytest.mark.parametrize(("g", "expected_gx"), [(0.5, 0.499166667), (-0.5, -0.500833333)])
+def test_vector_ewgs(g, expected_gx):
+    """l = -1, u = 1, four levels: x = .3 sits .01667 of the range below level 2/3."""
+    _, gx, _, _ = run(Ewgs(delta=0.1), [0.3], [2 / 3], 2, [g], zero=-0.5)
+    assert gx == pytest.approx([expected_gx], rel=1e-8)
+
+
+def test_vector_ewgs_two_levels():
+    _, gx, _, _ = run(Ewgs(delta=1e-3), [0.3], [2.0], 1, [0.5], zero=-0.5)
+    assert gx == pytest.approx([0.499825], rel=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("x", "b", "k", "dx", "db", "loss"),
+    [
+        (0.33, 0.0, 4.0, 0.848, -0.0296725, 0.00192),
+        (0.33, 0.5, 4.0, 0.9568774, -0.0293052, 0.001172041),
+        (0.33, 1.0, 4.0, 1.0627622, -0.0289379, 0.000607739),
+        (0.40, 0.5, 8.0, 1.2261544, 0.0439759, 0.001511016),
+        (-0.07, 0.75, 5.0, 0.7264231, 0.0361560, 0.000371396),
+    ],
+)
+def test_vector_pege(x, b, k, dx, db, loss):
+    """s = .25, lam = .3, g = .8; finite differences of the surrogate agree with these numbers."""
+    rule, lam = Pege(), 0.3
+    at, theta = (tensor([v], dtype=torch.float64, requires_grad=True) for v in (x, b))
+    scale, sharpness, pull = (tensor([v], dtype=torch.float64) for v in (0.25, k, 2 * lam))
+    y = FakeQuantize.apply(at, scale, 0.0, (-8, 7), True, 1.0, False, rule, theta, sharpness, pull)
+    y.backward(tensor([0.8], dtype=torch.float64))
+    assert at.grad.item() == pytest.approx(dx, rel=2e-7)
+    assert theta.grad.item() == pytest.approx(db, rel=2e-6)
+    spec = TensorSpec(4, True, "tensor", None, False, "mse", False)
+    q = FakeQuantizer(spec, Granularity("tensor"), Pege(theta="channel"), shape=(1, 1), dtype=torch.float64)
+    q.theta.data.fill_(b)
+    q.sharpness.fill_(k)
+    q.lam.fill_(lam)
+    got = q.estimator.penalty(q, at.detach().reshape(1, 1), scale, 0.0)
+    assert got.item() == pytest.approx(loss, rel=1e-6)
+
+
+def test_vector_pege_replace():
+    inputs = ([1.0, 0.0, 1.0], [0.05])
+    x, g = [0.3, -0.6, 0.9], [0.1, 0.2, -0.3]
+    rule = PegeReplace(lam=0.025)
+    at = tensor(x, dtype=torch.float64, requires_grad=True)
+    leaves = [tensor(v, dtype=torch.float64) for v in inputs]
+    y = FakeQuantize.apply(at, tensor([0.5], dtype=torch.float64), 0.0, (-8, 7), True, 1.0, True, rule, *leaves)
+    y.backward(tensor(g, dtype=torch.float64))
+    assert y.tolist() == [0.5, -0.6, 1.0]
+    assert at.grad.tolist() == pytest.approx([0.09, 0.2, -0.305])
+
+
+# --- the surroundings -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ESTIMATORS)
+def test_evaluation_is_hard_and_training_too_unless_the_method_blends(method):
+    q, x = quantizer_of(method, "channel")
+    hard = q.eval()(x)
+    assert torch.equal(hard, q.on_grid(x))
+    assert torch.equal(q.train()(x), hard) == (method != "pege_replace")
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's tracer does it
+@pytest.mark.parametrize("kind", ["group", "static"])
+@pytest.mark.parametrize("method", ESTIMATORS)
+def test_compile_equals_eager_and_schedules_do_not_recompile(method, kind):
+    q, x = quantizer_of(method, kind)
+    torch._dynamo.reset()
+    count = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(q, fullgraph=True, backend=count)
+    g = torch.randn_like(x)
+    wrt = (x, *q.parameters())
+    for step in range(3):
+        for i, name in enumerate(q.estimator.schedules()):
+            q._buffers[name].fill_(0.1 + 0.2 * step + 0.05 * i)
+        if "step" in q._buffers:
+            q.step.fill_(step)
+        want, got = q(x), compiled(x)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(torch.autograd.grad(got, wrt, g), torch.autograd.grad(want, wrt, g))
+    assert count.frame_count == 1
+
+
+@pytest.mark.parametrize("method", ESTIMATORS)
+def test_autocast_changes_nothing_for_float_tensors(method):
+    q, x = quantizer_of(method, "group")
+    g, results = torch.randn_like(x), []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = q(x)
+        results.append((y, *torch.autograd.grad(y, (x, *q.parameters()), g)))
+    assert results[1][0].dtype == torch.float32
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", ESTIMATORS)
+@pytest.mark.parametrize("kind", ["token", "static"])
+def test_autocast_activations_keep_bfloat16(method, kind):
+    """Under autocast a layer's input is bfloat16 while the quantizer's state is float32."""
+    q, x = quantizer_of(method, kind)
+    x = x.detach().bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = q(x)
+    y.sum().backward()
+    assert y.dtype == x.grad.dtype == torch.bfloat16
+    assert all(p.grad is None or p.grad.dtype == torch.float32 for p in q.parameters())
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="QuantConfig.method: .*got 'pegee'. Did you mean method 'pege'"):
+        build_estimator("pegee")
+    with pytest.raises(ValueError, match="options of method 'ewgs': .*got 'dleta'. Did you mean option 'delta'"):
+        build_estimator("ewgs", {"dleta": 1})
+    with pytest.raises(ValueError, match=r"options of method 'ste': .*\(none\), got 'delta'"):
+        build_estimator("ste", {"delta": 1})
+    mine = Ewgs(0.5)
+    assert build_estimator(mine) is mine
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Ewgs(delta=-1), "ewgs.delta: expected a number >= 0"),
+        (lambda: Dsq(ceiling=1.0), "0 < floor <= initial <= ceiling < 1"),
+        (lambda: Dsq(alpha=1.0), r"dsq.alpha: expected values in \(0, 1\)"),
+        (lambda: Pege(theta="elements"), "Did you mean theta 'element'"),
+        (lambda: Pege(theta_dtype="int8"), "Did you mean dtype 'uint8'"),
+        (lambda: Pege(initial=1.5), r"pege.initial: expected a number in \[0, 1\]"),
+        (lambda: Pege(sharpness=0.0), "pege.sharpness: expected values above 0"),
+        (lambda: PegeReplace(share="all"), "pege_replace.share: expected a number or a mapping"),
+    ],
+)
+def test_refusals(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_pege_budget_picks_the_finest_that_fits():
+    rows, scales = {"a": (8, 256), "b": (4, 128)}, {"a": (8, 1), "b": (4, 4)}
+    need = {"element": 8 * 256 + 4 * 128, "group": 16 * (8 * 4 + 4 * 4), "channel": 16 * 12}
+    for name, limit in need.items():
+        assert Pege(theta="auto", theta_bytes=limit).fit(rows, scales).theta == name
+    assert Pege(theta="auto").fit(rows, scales).theta == "element"
+    assert Pege(theta="auto", theta_dtype="float32", theta_bytes=5000).fit(rows, scales).theta == "group"
+    with pytest.raises(ValueError, match="pege.theta_bytes: .*channel 192 bytes.*Raise theta_bytes"):
+        Pege(theta="auto", theta_bytes=191).fit(rows, scales)
+    with pytest.raises(ValueError, match="what theta='group' takes"):
+        Pege(theta="group", theta_bytes=need["group"] - 1).fit(rows, scales)
