@@ -139,9 +139,11 @@ class Pege(Estimator):
 
     def view(self, quantizer: FakeQuantizer, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Rows cut into Theta's groups where the scale's blocks are coarser."""
-        if not quantizer.is_weight or self.theta != "group" or quantizer.granularity.kind == "group":
+        if not quantizer.is_weight or self.theta != "group":
             return x, scale
         groups = quantizer.theta.shape[1]
+        if x.ndim == 3 and x.shape[1] == groups:
+            return x, scale
         rows = x.reshape(quantizer.theta.shape[0], groups, -1)
         return rows, scale.reshape(-1, 1, 1) if scale.numel() > 1 else scale
 
@@ -224,6 +226,7 @@ class _Surrogate:
     @staticmethod
     def at(bins: Bins, b: Tensor, sharpness: Tensor) -> _Surrogate:
         b = b if b.is_floating_point() else b.to(bins.u.dtype).mul_(1 / 255)
+        sharpness = sharpness.to(bins.u.dtype)
         r = bins.offset()
         top = torch.tanh(sharpness / 2)
         # tanh(z) = 2 sigmoid(2z) - 1 and sech^2(z) = 4 sigmoid(2z) (1 - sigmoid(2z)): a sixth of tanh's cost.
