@@ -473,9 +473,9 @@ def test_autocast_activations_keep_bfloat16(method, kind):
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match="QuantConfig.method: .*got 'pegee'. Did you mean method 'pege'"):
+    with pytest.raises(ValueError, match=r"QuantConfig.method: .*got 'pegee'. Did you mean method 'pege'"):
         build_estimator("pegee")
-    with pytest.raises(ValueError, match="options of method 'ewgs': .*got 'dleta'. Did you mean option 'delta'"):
+    with pytest.raises(ValueError, match=r"options of method 'ewgs': .*got 'dleta'. Did you mean option 'delta'"):
         build_estimator("ewgs", {"dleta": 1})
     with pytest.raises(ValueError, match=r"options of method 'ste': .*\(none\), got 'delta'"):
         build_estimator("ste", {"delta": 1})
@@ -508,7 +508,7 @@ def test_pege_budget_picks_the_finest_that_fits():
         assert Pege(theta="auto", theta_bytes=limit).fit(rows, scales).theta == name
     assert Pege(theta="auto").fit(rows, scales).theta == "element"
     assert Pege(theta="auto", theta_dtype="float32", theta_bytes=5000).fit(rows, scales).theta == "group"
-    with pytest.raises(ValueError, match="pege.theta_bytes: .*channel 192 bytes.*Raise theta_bytes"):
+    with pytest.raises(ValueError, match=r"pege.theta_bytes: .*channel 192 bytes.*Raise theta_bytes"):
         Pege(theta="auto", theta_bytes=191).fit(rows, scales)
     with pytest.raises(ValueError, match="what theta='group' takes"):
         Pege(theta="group", theta_bytes=need["group"] - 1).fit(rows, scales)
