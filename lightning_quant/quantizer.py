@@ -126,7 +126,7 @@ class FakeQuantizer(nn.Module):
         view, scale, zero = self.blocks(x)
         inputs = self.estimator.inputs(self, view)
         clips = not (self.spec.dynamic and self.spec.symmetric)
-        y: Tensor = FakeQuantize.apply(
+        y: Tensor = FakeQuantize.apply(  # type: ignore[no-untyped-call]
             view, scale, zero, (self.low, self.high), clips, self._factor(x), self.training, self.estimator, *inputs
         )
         if self.measuring:
@@ -149,10 +149,15 @@ class FakeQuantizer(nn.Module):
         if self.ready and not self.spec.dynamic:
             return self.scale, (None if self.spec.symmetric else self.zero)
         with torch.no_grad():
-            return self._from_data(x.detach())
+            scale, zero = self._from_data(x.detach())
+        if "scale" in self._parameters:  # DDP wants a gradient for every parameter at every step
+            scale = scale + 0 * self.scale
+        return scale, zero
 
     def _from_data(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Ranges of the tensor itself: dynamic scales, and static ones that no data has set yet."""
+        if x.numel() == 0 and self.granularity.kind == "tensor":
+            return self._from_range(*x.new_zeros(2, 1))
         if self.granularity.kind == "token":
             whole = self.target == "transformers" and x.ndim == 2
             absmax = x.abs().amax().reshape(1, 1) if whole else x.abs().amax(dim=-1, keepdim=True)
@@ -193,6 +198,8 @@ class FakeQuantizer(nn.Module):
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
         """Note the range of ``x`` for the current optimizer step; repeating a forward changes nothing."""
+        if x.numel() == 0:  # an expert that got no token
+            return
         rows = self.granularity.flat(x.detach()).float()
         low, high = self.observer.range(rows, self.spec.bits, bool(self.spec.symmetric))
         if self.pending is not None:
@@ -244,7 +251,7 @@ class FakeQuantizer(nn.Module):
 
     def pull_factor(self, x: Tensor) -> Tensor:
         """2 lam(t), divided by the number of elements for activations (their term is a mean)."""
-        return self.lam * (2.0 if self.is_weight else 2.0 / x.numel())
+        return self.lam * (2.0 if self.is_weight else 2.0 / max(x.numel(), 1))
 
     def _factor(self, x: Tensor) -> float:
         """LSQ's 1 / sqrt(N * high): N elements per weight scale, features of one sample for activations."""
