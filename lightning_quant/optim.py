@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_quant.attach import quantizers
@@ -38,7 +38,7 @@ def param_groups(model: nn.Module, config: QuantConfig, lr: float, weight_decay:
     groups: list[dict[str, Any]] = [{"params": rest, "lr": lr, "weight_decay": weight_decay}]
     for factor in sorted({f for _, f in mine.values()}):
         chosen = [p for p, f in mine.values() if f == factor]
-        groups.append({"params": chosen, "lr": lr * factor, "weight_decay": 0.0})
+        groups.append({"params": chosen, "lr": lr * factor, "weight_decay": 0.0, "quantizer": True})
     return groups
 
 
@@ -69,7 +69,7 @@ def split_groups(optimizers: list[Optimizer], schedulers: list[Any], model: nn.M
             group["params"] = [p for p in group["params"] if id(p) not in mine]
             for factor in sorted({mine[id(p)][1] for p in found}):
                 new = {k: v for k, v in group.items() if k != "params"}
-                new.update({k: new[k] * factor for k in _RATES if isinstance(new.get(k), (int, float))})
+                new.update({k: new[k] * factor for k in _RATES if isinstance(new.get(k), (int, float, Tensor))})
                 new.update(params=[p for p in found if mine[id(p)][1] == factor], quantizer=True)
                 if "weight_decay" in new:
                     new["weight_decay"] = 0.0
@@ -94,10 +94,7 @@ def _extend(scheduler: Any, optimizer: Optimizer, origin: int, factor: float) ->
         _extend(inner, optimizer, origin, factor)
     if getattr(scheduler, "optimizer", None) is not optimizer:
         return
-    for name in ("base_lrs", "_last_lr", "min_lrs"):
+    for name in ("base_lrs", "max_lrs", "_last_lr", "min_lrs", "base_momentums", "max_momentums", "lr_lambdas"):
         values = getattr(scheduler, name, None)
         if isinstance(values, list) and len(values) == len(optimizer.param_groups) - 1:
-            values.append(values[origin] * factor)
-    lambdas = getattr(scheduler, "lr_lambdas", None)
-    if isinstance(lambdas, list) and len(lambdas) == len(optimizer.param_groups) - 1:
-        lambdas.append(lambdas[origin])
+            values.append(values[origin] * factor if name.endswith(("lrs", "_lr")) else values[origin])
