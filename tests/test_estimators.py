@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import oracle
 import pytest
 import torch
 from torch import nn, tensor
@@ -21,6 +20,7 @@ from lightning_quant.estimators.ste import Ste
 from lightning_quant.granularity import Granularity
 from lightning_quant.quantizer import FakeQuantizer
 from lightning_quant.spec import TensorSpec
+from tests import oracle
 
 LAM = 2.0**-3  # exact in float32, in which scheduled scalars live
 OPTIONS = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import oracle
 import pytest
 import torch
 from hypothesis import given
@@ -23,6 +22,7 @@ from lightning_quant.grid import (
     symmetric_scale,
 )
 from lightning_quant.spec import WEIGHT_BITS
+from tests import oracle
 
 values = st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=20)
 widths = st.sampled_from(WEIGHT_BITS)

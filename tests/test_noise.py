@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import oracle
 import torch
 
 from lightning_quant.noise import uniform
+from tests import oracle
 
 
 def _step(value):

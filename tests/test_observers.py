@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import oracle
 import pytest
 import torch
 from torch import tensor
@@ -12,6 +11,7 @@ from lightning_quant.observers import OBSERVERS, build_observer
 from lightning_quant.observers.ema import Ema
 from lightning_quant.observers.minmax import MinMax
 from lightning_quant.observers.mse import Mse
+from tests import oracle
 
 ROWS = tensor([[-3.0, 0.5, 2.0], [0.0, 0.0, 0.0], [1.0, 4.0, 2.0]])
 

@@ -6,9 +6,9 @@ import itertools
 import math
 
 import pytest
-from oracle import replacement_share
 
 from lightning_quant.schedule import CURVES, Schedule, as_schedule
+from tests.oracle import replacement_share
 
 TAUS = (0.0, 0.10, 0.25, 0.50, 0.75, 0.90, 1.0)
 TABLE = {  # from 0 to 1
