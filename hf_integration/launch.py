@@ -43,14 +43,13 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     from transformers import HfArgumentParser
 
-    parser = HfArgumentParser(
+    return HfArgumentParser(  # type: ignore[no-any-return]
         QuantArguments,
         prog="hf-quant",
         usage="hf-quant SCRIPT [--quant METHOD] [--quant_* ...] [the script's own arguments]",
         description=__doc__,
         allow_abbrev=False,
     )
-    return parser  # type: ignore[no-any-return]
 
 
 def split_argv(argv: list[str]) -> tuple[Path, QuantArguments, list[str]]:

@@ -10,8 +10,8 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from hf_integration.arguments import QuantArguments
-from lightning_quant.checkpoint import load_quant_config, load_quant_state, save_quant_state
 from lightning_quant.attach import Report, is_attached, without_quantizers
+from lightning_quant.checkpoint import load_quant_config, load_quant_state, save_quant_state
 from lightning_quant.controller import QuantController
 from lightning_quant.errors import explain
 from lightning_quant.spec import QuantConfig

@@ -10,6 +10,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -121,6 +122,7 @@ def attach(model: nn.Module, config: QuantConfig) -> Report:
         plan.module.__class__ = plan.kind
         plan.module.add_module("weight_quant", weight)
         plan.module.add_module("input_quant", activation)
+        plan.module.train(plan.module.training)
     return report
 
 
@@ -139,7 +141,7 @@ def _plan(model: nn.Module, config: QuantConfig, estimator: Estimator) -> tuple[
         if kind is None or not isinstance(getattr(module, "weight", None), Tensor):
             continue
         weight = module.weight
-        share = weight.numel() / total
+        share = 0.0 if id(weight) in covered else weight.numel() / total
         rule = _rule(config.rules, path, used)
         weight_spec = config.weight if rule is None or rule.weight == INHERIT else rule.weight
         input_spec = config.activation if rule is None or rule.activation == INHERIT else rule.activation
@@ -155,7 +157,8 @@ def _plan(model: nn.Module, config: QuantConfig, estimator: Estimator) -> tuple[
         if reason is not None:
             report.excluded.append(Entry(path, reason, share))
             continue
-        assert isinstance(weight_spec, TensorSpec) and not isinstance(input_spec, str)
+        assert isinstance(weight_spec, TensorSpec)
+        assert not isinstance(input_spec, str)
         _check_module(path, module, weight)
         spec = resolve_weight(weight_spec, convolutional, estimator.learns_scale)
         activation = None
@@ -240,23 +243,18 @@ def _check_module(path: str, module: nn.Module, weight: Tensor) -> None:
 
 def _quantizers(plan: _Plan, config: QuantConfig, rule: Estimator) -> tuple[FakeQuantizer, FakeQuantizer | None]:
     weight: Tensor = plan.module.weight  # type: ignore[assignment]
-    common = {"target": config.target, "dtype": weight.dtype, "device": weight.device}
+    build = partial(FakeQuantizer, estimator=rule, target=config.target, dtype=weight.dtype, device=weight.device)
     salt = zlib.crc32(plan.path.encode()) ^ config.seed
-    where = f"{plan.path}.weight"
-    own = FakeQuantizer(
-        plan.weight, plan.granularity, rule, shape=tuple(weight.shape), salt=salt, where=where, **common
-    )
+    own = build(plan.weight, plan.granularity, shape=tuple(weight.shape), salt=salt, where=f"{plan.path}.weight")
     if plan.activation is None:
         return own, None
-    inputs = FakeQuantizer(
+    inputs = build(
         plan.activation,
         Granularity(plan.activation.granularity, None),
-        rule,
         channels=getattr(plan.module, plan.kind.input_channels),
         channel_axis=plan.kind.channel_axis,
         salt=~salt,
         where=f"{plan.path}.input",
-        **common,
     )
     return own, inputs
 
@@ -286,7 +284,7 @@ def detach(model: nn.Module, fold: bool = True) -> nn.Module:
         if fold:
             with torch.no_grad():
                 layer.weight.copy_(layer.weight_quant.on_grid(layer.weight))
-        layer.__class__ = float_class(layer)
+        layer.__class__ = float_class(layer)  # type: ignore[assignment]
         del layer.weight_quant
         if "input_quant" in layer._modules:
             del layer.input_quant

@@ -153,7 +153,8 @@ class QuantCallback(Callback):
     def _every(self, trainer: Trainer) -> int:
         if not trainer.loggers:
             return 0
-        return trainer.log_every_n_steps if self.log_every_n_steps is None else self.log_every_n_steps
+        every = self.log_every_n_steps
+        return int(trainer.log_every_n_steps if every is None else every)  # type: ignore[attr-defined]
 
     def _logs_next(self, trainer: Trainer) -> bool:
         every = self._every(trainer)

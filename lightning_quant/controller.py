@@ -127,10 +127,12 @@ class QuantController:
             check_coverage(self.model, self.config.coverage, "training")
 
     def on_eval(self) -> None:
-        """Before evaluation: observers closed, nothing measured."""
+        """Before evaluation: observers closed, nothing measured, training's calls forgotten."""
         open_observers(self.model, False)
         for _, q in quantizers(self.model):
             q.measuring = False
+            if not self._evaluated:
+                q.called = False
 
     def after_eval_batch(self) -> None:
         """After the first evaluation batch of the run: check coverage."""

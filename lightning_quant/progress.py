@@ -16,4 +16,5 @@ def track(items: Sequence[T], what: str) -> Iterable[T]:
         from tqdm.auto import tqdm
     except ImportError:
         return items
-    return tqdm(items, desc=what, delay=2, disable=distributed.rank() != 0, leave=False)
+    bar: Iterable[T] = tqdm(items, desc=what, delay=2, disable=distributed.rank() != 0, leave=False)
+    return bar

@@ -17,7 +17,7 @@ Curve = Callable[[float, float, float], float]
 
 
 def _geometric(tau: float, start: float, end: float) -> float:
-    return start * (end / start) ** tau
+    return float(start * (end / start) ** tau)
 
 
 def _hardness(tau: float, start: float, end: float) -> float:

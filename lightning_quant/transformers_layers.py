@@ -12,6 +12,7 @@ from lightning_quant.layers import QuantLayer
 class QuantConv1D(QuantLayer, Conv1D):  # type: ignore[misc]
     """GPT-2's ``Conv1D``, a linear layer whose weight is (in, out), on the grid."""
 
+    bias: Tensor
     output_axis = 1
     input_channels = "nx"
 

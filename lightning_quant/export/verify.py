@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -12,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lightning_quant.attach import quant_layers, quantizers
+from lightning_quant.attach import detach, quant_layers, quantizers
 from lightning_quant.checkpoint import load_training_checkpoint
 from lightning_quant.errors import CheckpointError, explain
 from lightning_quant.export.compressed_tensors import PACKED, layer_format
@@ -135,7 +136,7 @@ def verify(
     try:
         contents, other = _compare_tensors(stored, trained)
         notes = _notes(trained, stored.format)
-        outputs, logits = _compare_outputs(path, trained, inputs)
+        outputs, logits = _compare_outputs(stored, trained, inputs)
     finally:
         trained.train(was)
     order = [p for p in outputs if p in contents] + [p for p in contents if p not in outputs]
@@ -148,12 +149,11 @@ class _Stored:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if not (path / "config.json").is_file():
-            raise CheckpointError(
-                explain(str(path), "an export with a config.json", "none", "Point at what export() wrote.")
-            )
+        if not path.is_dir():
+            raise CheckpointError(explain(str(path), "an export", "no such directory", "Point at what export() wrote."))
         try:
-            config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+            config_file = path / "config.json"
+            config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
             index_file = path / "model.safetensors.index.json"
             if index_file.is_file():
                 self.files = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
@@ -236,16 +236,14 @@ def _notes(trained: nn.Module, format: str) -> list[str]:
 
 
 def _compare_outputs(
-    path: Path, trained: nn.Module, inputs: Mapping[str, Tensor] | None
+    stored: _Stored, trained: nn.Module, inputs: Mapping[str, Tensor] | None
 ) -> tuple[dict[str, float], tuple[float, float]]:
-    shipped = _read(path, trained)
+    shipped = _read(stored, trained)
     if inputs is None:
-        vocabulary = int(trained.config.get_text_config().vocab_size)  # type: ignore[union-attr,operator]
-        ids = torch.randint(0, vocabulary, (2, 32), generator=torch.Generator().manual_seed(0))
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        inputs = _token_inputs(trained)
     device = next(trained.parameters()).device
     paths = [p for p, _ in quant_layers(trained)]
-    with _ReaderRules(trained, folded=not hasattr(shipped.config, "quantization_config")):
+    with _ReaderRules(trained, folded=stored.format == "folded"):
         theirs = _run(trained, {k: v.to(device) for k, v in inputs.items()}, paths)
     ours = _run(shipped, inputs, paths)
     outputs = {p: float((ours[p] - theirs[p]).abs().max()) for p in theirs if p in ours and p}
@@ -253,7 +251,23 @@ def _compare_outputs(
     return outputs, (float(gap.max()), float(gap.mean()))
 
 
-def _read(path: Path, trained: nn.Module) -> Any:
+def _token_inputs(trained: nn.Module) -> dict[str, Tensor]:
+    if not hasattr(trained, "config"):
+        raise ValueError(
+            explain("verify", "inputs for a model that takes no tokens", "none", "Pass inputs={argument name: tensor}.")
+        )
+    vocabulary = int(trained.config.get_text_config().vocab_size)  # type: ignore[union-attr,operator]
+    ids = torch.randint(0, vocabulary, (2, 32), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _read(stored: _Stored, trained: nn.Module) -> nn.Module:
+    """The export through its reader: transformers' for its models, plain ``load_state_dict`` for others."""
+    path = stored.path
+    if not hasattr(trained, "save_pretrained"):
+        plain = detach(copy.deepcopy(trained), fold=False).cpu()
+        plain.load_state_dict({name: stored.tensor(name) for name in stored.files})
+        return plain.eval()
     import transformers
 
     kind = getattr(transformers, type(trained).__name__)
@@ -268,7 +282,8 @@ def _read(path: Path, trained: nn.Module) -> Any:
                 str(path), "a clean loading report", str(wrong)[:300], "The reader would compute with random weights."
             )
         )
-    return model.eval()
+    reader: nn.Module = model.eval()
+    return reader
 
 
 @torch.no_grad()
