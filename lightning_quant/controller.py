@@ -28,7 +28,7 @@ class QuantController:
 
     The front end calls, in this order: ``prepare`` before the optimizer exists, ``begin`` once the run's
     length is known, ``on_step`` before each forward of training, ``before_optimizer_step`` and
-    ``after_optimizer_step`` around each update, ``on_eval`` before and ``end_eval`` after evaluation.
+    ``after_optimizer_step`` around each update, ``on_eval`` before evaluation, ``after_eval_batch`` in it.
 
     Args:
         config: What to quantize and how; checked here, before any work.
@@ -41,6 +41,7 @@ class QuantController:
         self.report: Report | None = None
         self.total_steps: int | None = None
         self.step = 0
+        self._loss_scale: float | Tensor = 1.0
         self._model: nn.Module | None = None
         self._trained = self._evaluated = False
         self._quantizers: list[FakeQuantizer] = []
@@ -99,7 +100,7 @@ class QuantController:
                 gradient scaler's factor over the number of accumulated micro-batches.
             measure: Let the forward measure errors for ``metrics``.
         """
-        self.step = step
+        self.step, self._loss_scale = step, loss_scale
         for name, value in self.values().items():
             scaled = value * loss_scale if name == "lam" else value
             _fill([q._buffers[name] for q in self._quantizers if name in q._buffers], scaled)
@@ -158,7 +159,7 @@ class QuantController:
                 sums.setdefault(key, []).append(value)
         for key, values in sums.items():
             stacked = torch.stack([whole(v).float() for v in values])
-            out[key] = float(stacked.sum() if key == "progressive_loss" else stacked.mean())
+            out[key] = float(stacked.sum() / self._loss_scale if key == "progressive_loss" else stacked.mean())
         return out
 
     def state_dict(self) -> dict[str, Any]:
