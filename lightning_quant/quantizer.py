@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_quant import grid
+from lightning_quant import grid, reuse
 from lightning_quant.distributed import to_local, whole
 from lightning_quant.estimators import Bins, Estimator, FakeQuantize
 from lightning_quant.granularity import Granularity
@@ -79,6 +79,7 @@ class FakeQuantizer(nn.Module):
         self.observing = False
         self.measuring = False
         self.ready = bool(spec.dynamic)
+        self.stateless = not self.is_weight and self._is_identity_backward()
         self.pending: tuple[Tensor, Tensor] | None = None
         self.measured: dict[str, Tensor] = {}
         if not spec.dynamic:
@@ -107,6 +108,12 @@ class FakeQuantizer(nn.Module):
         """Device of the state."""
         return self._place.device
 
+    def _is_identity_backward(self) -> bool:
+        """Whether the value depends on the input alone and the gradient passes unchanged."""
+        kind = type(self.estimator)
+        plain = kind.inputs is Estimator.inputs and kind.blend is Estimator.blend and not self.estimator.needs_bins
+        return bool(self.spec.dynamic and self.spec.symmetric and plain)
+
     def track_step(self) -> None:
         """Keep the optimizer step as an int64 buffer that the controller fills."""
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=self.device), persistent=False)
@@ -123,6 +130,10 @@ class FakeQuantizer(nn.Module):
         self.called = True
         if self.observing:
             self.observe(x)
+        kind = (self.spec.bits, self.granularity.kind, self.target)
+        sharing = self.stateless and not self.measuring and reuse.allowed(x)
+        if sharing and (known := reuse.find(x, kind)) is not None:
+            return known
         view, scale, zero = self.blocks(x)
         inputs = self.estimator.inputs(self, view)
         clips = not (self.spec.dynamic and self.spec.symmetric)
@@ -131,6 +142,8 @@ class FakeQuantizer(nn.Module):
         )
         if self.measuring:
             self._measure(view.detach(), scale.detach(), zero, y.detach())
+        if sharing:
+            reuse.remember(x, kind, y)
         return self.granularity.unview(y, x.shape)
 
     def blocks(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
@@ -146,31 +159,37 @@ class FakeQuantizer(nn.Module):
 
     def scale_and_zero(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scale and zero point in force for ``x``, in ``scale_shape`` (dynamic per token: (..., 1))."""
-        if self.ready and not self.spec.dynamic:
+        if self.spec.dynamic:
+            with torch.no_grad():
+                return self._dynamic(x.detach())
+        if self.ready:
             return self.scale, (None if self.spec.symmetric else self.zero)
         with torch.no_grad():
-            scale, zero = self._from_data(x.detach())
+            scale, zero = self._per_sample(x.detach())
         if "scale" in self._parameters:  # DDP wants a gradient for every parameter at every step
             scale = scale + 0 * self.scale
         return scale, zero
 
-    def _from_data(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Ranges of the tensor itself: dynamic scales, and static ones that no data has set yet."""
-        if x.numel() == 0 and self.granularity.kind == "tensor":
-            return self._from_range(*x.new_zeros(2, 1))
+    def _dynamic(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Ranges of the tensor itself."""
         if self.granularity.kind == "token":
             whole = self.target == "transformers" and x.ndim == 2
-            absmax = x.abs().amax().reshape(1, 1) if whole else x.abs().amax(dim=-1, keepdim=True)
+            absmax = _absmax(x.reshape(1, -1) if whole else x)
             rule = grid.reader_scale if self.target == "transformers" else grid.symmetric_scale
             return rule(absmax, self.spec.bits), None
-        if self.spec.symmetric and self.spec.observer in ("minmax", "ema"):
-            if self.granularity.kind == "tensor":
-                return grid.symmetric_scale(x.abs().amax().reshape(1), self.spec.bits), None
-            absmax = self.granularity.view(x).abs().amax(dim=-1)
+        if self.spec.symmetric and self.spec.observer == "minmax":
+            absmax = _absmax(self.granularity.flat(x))
             return grid.symmetric_scale(absmax.reshape(self.scale_shape), self.spec.bits), None
         return self._from_range(
             *self.observer.range(self.granularity.flat(x), self.spec.bits, bool(self.spec.symmetric))
         )
+
+    def _per_sample(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Static ranges that no data has set yet: each sample's own, however a batch is cut."""
+        rows = x.reshape(len(x), -1) if x.numel() else x.new_zeros(len(x), 1)
+        scale, zero = grid.scale_and_zero(*rows.aminmax(dim=1), self.spec.bits, bool(self.spec.symmetric))
+        shape = (len(x), *(1,) * (x.ndim - 1))
+        return scale.reshape(shape), None if zero is None else zero.reshape(shape)
 
     def _from_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
         scale, zero = grid.scale_and_zero(low, high, self.spec.bits, bool(self.spec.symmetric))
@@ -246,7 +265,9 @@ class FakeQuantizer(nn.Module):
     def bins(self, view: Tensor, scale: Tensor, zero: Tensor | float) -> Bins:
         """Position of blocked inputs on the grid."""
         u = torch.div(view.to(torch.promote_types(view.dtype, torch.float32)), scale)
-        u = (u + zero).clamp_(self.low, self.high)
+        if isinstance(zero, Tensor) or zero:
+            u = u.add_(zero)
+        u = u.clamp_(self.low, self.high)
         return Bins(u, u.round(), self.low, self.high, scale)
 
     def pull_factor(self, x: Tensor) -> Tensor:
@@ -279,3 +300,8 @@ class FakeQuantizer(nn.Module):
             f"{self.spec.bits:g} bits{sign}, {self.granularity.kind}{size}, {kind} range, "
             f"{type(self.estimator).__name__.lower()}"
         )
+
+
+def _absmax(x: Tensor) -> Tensor:
+    """Largest magnitudes along the last dimension, which is kept: two reductions, no copy of ``x``."""
+    return torch.maximum(x.amax(dim=-1, keepdim=True), x.amin(dim=-1, keepdim=True).neg_())
