@@ -140,10 +140,10 @@ def test_zeros_stay_zeros():
         assert not q(torch.zeros(4, 8)).any()
 
 
-def test_static_range_uses_the_batch_until_it_is_set():
+def test_static_range_is_each_samples_own_until_it_is_set():
     q = input_quantizer()
     x = torch.randn(5, 8)
-    scale = symmetric_scale(x.abs().max(), 8)
+    scale = symmetric_scale(x.abs().amax(dim=1, keepdim=True), 8)
     assert torch.equal(q(x), (x / scale).round() * scale)
     assert not q.ready
     q.observing = True
