@@ -161,6 +161,16 @@ def _plan(model: nn.Module, config: QuantConfig, estimator: Estimator) -> tuple[
         assert not isinstance(input_spec, str)
         _check_module(path, module, weight)
         spec = resolve_weight(weight_spec, convolutional, estimator.learns_scale)
+        twin = next((p for p in plans if p.module.weight is weight), None)
+        if twin is not None and not (spec.dynamic and spec == twin.weight):
+            raise AttachError(
+                explain(
+                    path,
+                    "a weight that one quantized layer owns (or scales that follow the weight: w8)",
+                    f"the same parameter as {twin.path}, which is quantized too",
+                    f'Leave one in float: LayerRule(match="{path}", weight=None).',
+                )
+            )
         activation = None
         if input_spec is not None and kind is not QuantEmbedding:
             activation = resolve_activation(input_spec, convolutional, estimator.learns_scale)
@@ -230,6 +240,10 @@ def _check_module(path: str, module: nn.Module, weight: Tensor) -> None:
         )
     if weight.is_meta:
         raise AttachError(explain(path, "a weight with values", "a meta tensor", "Load the weights, then attach."))
+    if getattr(module, "sparse", False):
+        raise AttachError(
+            explain(path, "an embedding with dense gradients", "sparse=True", "Build it with sparse=False.")
+        )
     if not weight.is_floating_point() or type(weight.data) is not Tensor:
         raise AttachError(
             explain(

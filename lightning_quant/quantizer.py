@@ -94,7 +94,7 @@ class FakeQuantizer(nn.Module):
                 self.register_buffer("running", torch.zeros(2, dtype=dtype, device=device))
         self.register_buffer("_place", torch.empty(0, dtype=dtype, device=device), persistent=False)
         for name, schedule in estimator.schedules().items():
-            value = torch.tensor(schedule.start, dtype=torch.float32, device=device)
+            value = torch.tensor(schedule.first, dtype=torch.float32, device=device)
             self.register_buffer(name, value, persistent=False)
         estimator.state(self)
 
@@ -175,8 +175,11 @@ class FakeQuantizer(nn.Module):
         if self.granularity.kind == "token":
             whole = self.target == "transformers" and x.ndim == 2
             absmax = _absmax(x.reshape(1, -1) if whole else x)
-            rule = grid.reader_scale if self.target == "transformers" else grid.symmetric_scale
-            return rule(absmax, self.spec.bits), None
+            if self.target == "transformers":
+                return grid.reader_scale(absmax, self.spec.bits), None
+            # vLLM's kernels keep these scales in float32 whatever the activations' dtype.
+            wide = torch.promote_types(x.dtype, torch.float32)
+            return grid.symmetric_scale(absmax.to(wide), self.spec.bits), None
         if self.spec.symmetric and self.spec.observer == "minmax":
             absmax = _absmax(self.granularity.flat(x))
             return grid.symmetric_scale(absmax.reshape(self.scale_shape), self.spec.bits), None
@@ -245,7 +248,7 @@ class FakeQuantizer(nn.Module):
         """
         x = whole(weight.detach())
         if self.spec.dynamic:
-            scale, zero = self._from_data(x)
+            scale, zero = self._dynamic(x)
         else:
             scale, zero = whole(self.scale.detach()), None if self.spec.symmetric else whole(self.zero)
         point = grid.fixed_zero(self.spec.bits) if zero is None else self.granularity.lift(zero)

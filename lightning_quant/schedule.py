@@ -48,7 +48,7 @@ class Schedule:
     """One scheduled value.
 
     Args:
-        curve: Name in ``CURVES``.
+        curve: Name in ``CURVES``; ``constant`` is ``end`` from ``delay`` on (with no delay: throughout).
         start: Value at step 0.
         end: Value at ``until`` and after.
         delay: Share of the run, in [0, 1), for which the value stays at ``start``.
@@ -80,7 +80,12 @@ class Schedule:
     @property
     def needs_total(self) -> bool:
         """Whether the value depends on how long the run is."""
-        return self.curve != "constant" and self.start != self.end
+        return self.start != self.end and (self.curve != "constant" or self.delay > 0)
+
+    @property
+    def first(self) -> float:
+        """Value at step 0."""
+        return self.start if self.needs_total else self.end
 
     def __call__(self, step: int, total: int | None) -> float:
         """Value at an optimizer step.
@@ -104,7 +109,9 @@ class Schedule:
                 )
             )
         tau = (step / total - self.delay) / (self.until - self.delay)
-        return CURVES[self.curve](min(max(tau, 0.0), 1.0), self.start, self.end)
+        if tau < 0 or (tau == 0 and self.curve != "constant"):
+            return self.start
+        return CURVES[self.curve](min(tau, 1.0), self.start, self.end)
 
 
 def as_schedule(value: Any, where: str) -> Schedule:

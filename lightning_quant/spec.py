@@ -279,6 +279,8 @@ def parse_scheme(text: str) -> tuple[TensorSpec | None, TensorSpec | None]:
     weight: dict[str, Any] = {"bits": float(match[1]) if "." in match[1] else int(match[1]), "symmetric": True}
     activation: dict[str, Any] = {"bits": int(match[2] or 16)}
     for flag in flags:
+        if weight["bits"] == 16:
+            raise refuse(flag)
         if re.fullmatch(r"g[1-9]\d*", flag) and "granularity" not in weight:
             weight.update(granularity="group", group_size=int(flag[1:]))
         elif flag in ("channel", "tensor") and "granularity" not in weight:

@@ -422,3 +422,13 @@ def test_nothing_here_warns():
         attach(model, config("w8a8"))
         model(torch.randn(2, 16)).sum().backward()
         detach(model)
+
+
+def test_sparse_embeddings_and_shared_weights_are_refused():
+    net = nn.Sequential(nn.Embedding(8, 8, sparse=True), nn.Linear(8, 8))
+    with pytest.raises(AttachError, match="dense gradients, got sparse=True"):
+        attach(net, QuantConfig.parse("ste", "w8a16", embeddings=True))
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    net[1].weight = net[0].weight
+    with pytest.raises(AttachError, match=r'1: expected .* the same parameter as 0.* LayerRule\(match="1"'):
+        attach(net, QuantConfig.parse("ste", "w4a16-channel"))

@@ -118,3 +118,11 @@ def test_as_schedule():
         as_schedule({"stop": 1.0}, "lam")
     with pytest.raises(ValueError, match="lam: expected a number or a mapping of Schedule fields, got 'cosine'"):
         as_schedule("cosine", "lam")
+
+
+def test_constant_switches_at_its_delay():
+    switch = Schedule("constant", start=0.0, end=1.0, delay=0.5)
+    assert [switch(step, 10) for step in (0, 4, 5, 10)] == [0.0, 0.0, 1.0, 1.0]
+    assert Schedule("constant", start=0.0, end=1.0)(0, None) == 1.0
+    with pytest.raises(ValueError, match="number of optimizer steps"):
+        switch(0, None)
