@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_quant.attach import Report, is_attached
 from lightning_quant.controller import QuantController
+from lightning_quant.errors import AttachError, explain
 from lightning_quant.layers import layer_class
-from lightning_quant.spec import LayerRule, QuantConfig
+from lightning_quant.spec import SPEC_VERSION, LayerRule, QuantConfig
 
 if TYPE_CHECKING:
     from lightning_quant.export import ExportReport
@@ -22,7 +25,8 @@ class QuantCallback(Callback):
 
     Quantizers are attached in ``setup`` (every stage, once), so that the optimizer sees their parameters and
     checkpoints find their keys.  Evaluation always runs the hard low-bit model.  Nothing is converted when
-    fitting ends: call ``export``.
+    fitting ends: call ``export``.  With manual optimization schedules advance by batches, since every
+    optimizer's steps count in ``trainer.global_step``.
 
     Args:
         method: Name in ``ESTIMATORS``.
@@ -48,8 +52,13 @@ class QuantCallback(Callback):
         options: dict[str, Any] | None = None,
     ) -> None:
         if config is None:
-            parsed = [r if isinstance(r, LayerRule) else LayerRule(**r) for r in rules or ()]
-            config = QuantConfig.parse(method, scheme, rules=parsed, **(options or {}))
+            config = QuantConfig.parse(method, scheme, rules=_rules(rules or []), **(options or {}))
+        elif (method, scheme) != ("pege", "w8a8") or rules or options:
+            raise ValueError(
+                explain(
+                    "QuantCallback.config", "to stand alone", "method, scheme, rules or options beside it", "Drop one."
+                )
+            )
         elif not isinstance(config, QuantConfig):
             config = QuantConfig.from_yaml(config)
         self.controller = QuantController(config)
@@ -72,12 +81,18 @@ class QuantCallback(Callback):
         reachable = any(layer_class(type(m)) is not None for m in pl_module.modules())
         if not is_attached(pl_module) and not reachable:
             pl_module.configure_model()
-        self.controller.prepare(pl_module)
+        known = self.report
+        if self.controller.prepare(pl_module) is not known:
+            rank_zero_info(f"QuantCallback: {self.report}")
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Learn the run's length, give quantizer parameters their optimizer groups."""
+        self._refuse_late_layers(pl_module)
+        _refuse_float_copies(trainer)
         steps = trainer.estimated_stepping_batches
+        if not pl_module.automatic_optimization and trainer.max_steps > 0:
+            steps = min(steps, math.ceil(trainer.max_steps / max(len(trainer.optimizers), 1)))
         self.controller.begin(int(steps) if steps != float("inf") and steps >= 0 else None)
         self.controller.split_groups(trainer.optimizers, [c.scheduler for c in trainer.lr_scheduler_configs])
 
@@ -85,7 +100,8 @@ class QuantCallback(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Fill schedules for this optimizer step."""
         self._stepped = trainer.global_step
-        self.controller.on_step(trainer.global_step, _loss_scale(trainer, pl_module), self._logs_next(trainer))
+        step, every = _step(trainer, pl_module), self._every(trainer)
+        self.controller.on_step(step, _loss_scale(trainer, pl_module), bool(every) and (step + 1) % every == 0)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
@@ -97,13 +113,13 @@ class QuantCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """After an optimizer step: ranges, projections, coverage, metrics."""
-        if trainer.global_step == self._stepped:
-            return
-        self.controller.after_optimizer_step()
-        if self._every(trainer) and trainer.global_step % self._every(trainer) == 0:
+        stepped, every = trainer.global_step != self._stepped, self._every(trainer)
+        if stepped:
+            self.controller.after_optimizer_step()
+        if every and (self.controller.step + 1) % every == 0 and (stepped or not pl_module.automatic_optimization):
             metrics = {f"quant/{name}": value for name, value in self.controller.metrics().items()}
             for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=trainer.global_step - 1)
+                logger.log_metrics(metrics, step=self.controller.step)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -116,12 +132,27 @@ class QuantCallback(Callback):
         self.controller.on_eval()
 
     @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Observers stay out of evaluation."""
+        self.controller.on_eval()
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Observers stay out of whatever the module is used for next."""
+        self.controller.on_eval()
+
+    @override
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Coverage of evaluation."""
         self.controller.after_eval_batch()
 
     @override
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        """Coverage of evaluation."""
+        self.controller.after_eval_batch()
+
+    @override
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Coverage of evaluation."""
         self.controller.after_eval_batch()
 
@@ -156,9 +187,53 @@ class QuantCallback(Callback):
         every = self.log_every_n_steps
         return int(trainer.log_every_n_steps if every is None else every)  # type: ignore[attr-defined]
 
-    def _logs_next(self, trainer: Trainer) -> bool:
-        every = self._every(trainer)
-        return bool(every) and (trainer.global_step + 1) % every == 0
+    def _refuse_late_layers(self, module: LightningModule) -> None:
+        """Complain about layers that ``configure_model`` made or replaced after ``setup`` attached."""
+        if self.report is None:
+            return
+        excluded = {entry.path for entry in self.report.excluded}
+        late = [p for p, m in module.named_modules() if layer_class(type(m)) is not None and p not in excluded]
+        if late:
+            raise AttachError(
+                explain(
+                    late[0],
+                    "every layer to exist when quantizers are attached",
+                    f"{len(late)} made later",
+                    "Make all layers in __init__, or all in a configure_model that does nothing when called again.",
+                )
+            )
+
+
+def _rules(rules: list[LayerRule | dict[str, Any]]) -> list[LayerRule]:
+    """Rules from mappings, checked the way a YAML file's are."""
+    return [
+        r
+        if isinstance(r, LayerRule)
+        else QuantConfig.from_dict({"version": SPEC_VERSION, "rules": [r]}, "QuantCallback").rules[0]
+        for r in rules
+    ]
+
+
+def _refuse_float_copies(trainer: Trainer) -> None:
+    """Complain about a ``WeightAveraging`` that copied the module before quantizers were attached."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        copy = getattr(callback, "_average_model", None)
+        if copy is not None and not is_attached(copy):
+            raise ValueError(
+                explain(
+                    type(callback).__name__,
+                    "to copy the module after QuantCallback attached its quantizers",
+                    "a copy in float",
+                    "Put QuantCallback before it in Trainer(callbacks=[...]).",
+                )
+            )
+
+
+def _step(trainer: Trainer, pl_module: LightningModule) -> int:
+    """Optimizer steps done; with manual optimization batches, for ``global_step`` adds all optimizers' up."""
+    if pl_module.automatic_optimization:
+        return int(trainer.global_step)
+    return int(trainer.fit_loop.epoch_loop.total_batch_idx)
 
 
 def _loss_scale(trainer: Trainer, pl_module: LightningModule) -> float:
