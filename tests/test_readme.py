@@ -1,0 +1,43 @@
+"""The README's tables are those of the code and of the committed results."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from lightning_quant import ESTIMATORS, OBSERVERS
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def rows(first_column: str) -> dict[str, list[str]]:
+    """Cells by the name in the first column of the table with that heading."""
+    lines = README.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first_column} |"))
+    found = {}
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        cells = [c.strip() for c in line.strip("|").split("|")]
+        found[cells[0].strip("`")] = cells
+    return found
+
+
+def test_every_method_and_observer_has_its_row_with_paper_file_and_test():
+    for title, table, package in (("method", ESTIMATORS, "estimators"), ("observer", OBSERVERS, "observers")):
+        found = rows(title)
+        assert list(found) == list(table)
+        for name, kind in table.items():
+            cells = found[name]
+            assert re.search(r"\d{4}", cells[2]), name
+            file = re.search(r"\]\((.*?)\)", cells[3])[1]
+            assert file == kind.__module__.replace(".", "/") + ".py"
+            test = ROOT / re.search(r"\]\((.*?)\)", cells[4])[1]
+            assert name in test.read_text(encoding="utf-8") or "ESTIMATORS" in test.read_text(encoding="utf-8")
+        assert package in file
+
+
+def test_links_point_at_files():
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
