@@ -1,7 +1,8 @@
 """What fake quantization costs a training step, in time and in memory, ours and other libraries'.
 
-Every candidate trains the same Llama in an interpreter of its own; they take steps in turn, one at a time, and a
-candidate's figure is the median over rounds of its step's time divided by plain steps of the same round.  Memory
+Every candidate trains the same Llama in an interpreter of its own.  Those of one scheme and plain take steps in
+turn, one at a time; a figure is the median over rounds of a step's time divided by plain's of the same round.
+Processor time is kept too: with ``--threads 1`` it hardly feels what else the machine is doing.  Memory
 is the peak of the resident set in one step over what was resident before the model was built, measured in a
 process of its own in which every tensor above 64 KiB is mapped and unmapped by itself.
 
@@ -20,6 +21,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,9 @@ CANDIDATES: dict[str, dict[str, Any]] = {
 }
 
 
+Round = dict[str, list[dict[str, float]]]  # candidate -> answers of its turns
+
+
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -65,7 +70,7 @@ class Worker:
         if mapped:
             environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
         self.name = name
-        self.errors = (HERE / "results" / f".{name.replace(' ', '-')}.log").open("w+")
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the process)
         self.process = subprocess.Popen(
             [python, str(HERE / "overhead_worker.py"), json.dumps(CANDIDATES[name]), json.dumps(settings)],
             stdin=subprocess.PIPE,
@@ -101,7 +106,6 @@ class Worker:
         for pipe in (self.process.stdin, self.process.stdout, self.errors):
             if pipe is not None:
                 pipe.close()
-        Path(self.errors.name).unlink(missing_ok=True)
 
 
 def peers_python(directory: Path) -> str:
@@ -123,8 +127,7 @@ def measure_memory(names: list[str], pythons: dict[str, str], settings: dict[str
     for i, name in enumerate(names, 1):
         worker = Worker(name, settings, pythons[name], mapped=True)
         try:
-            worker.ask("step")
-            worker.ask("step")  # the first creates the optimizer's state and calibrates
+            worker.ask("step")  # creates the optimizer's state and calibrates
             peaks[name] = int(worker.ask("memory")["peak"])
         finally:
             worker.close()
@@ -133,27 +136,27 @@ def measure_memory(names: list[str], pythons: dict[str, str], settings: dict[str
 
 
 def measure_time(
-    names: list[str], pythons: dict[str, str], settings: dict[str, Any], rounds: int, warmup: int
-) -> tuple[list[dict[str, list[dict[str, float]]]], dict[str, Any]]:
-    """Rounds of answers by candidate (plain takes several turns spread over a round), and versions."""
+    group: str, names: list[str], pythons: dict[str, str], settings: dict[str, Any], rounds: int, warmup: int
+) -> tuple[list[Round], dict[str, Any]]:
+    """Rounds of answers of a group of candidates (plain takes two turns in each), and versions."""
     workers: dict[str, Worker] = {}
-    measured = []
+    measured: list[Round] = []
     try:
         for i, name in enumerate(names, 1):
             workers[name] = Worker(name, settings, pythons[name])
-            say(f"start {i}/{len(names)}  {name}")
+            say(f"{group}: start {i}/{len(names)}  {name}")
         others = [n for n in names if n != "plain"]
         for r in range(-warmup, rounds):
-            turn = others[r % len(others) :] + others[: r % len(others)] if others else []
-            for at in sorted({0, len(turn) // 3, 2 * len(turn) // 3, len(turn)}, reverse=True):
-                turn.insert(at, "plain")
-            answers: dict[str, list[dict[str, float]]] = {}
+            first, half = r % max(len(others), 1), len(others) // 2
+            turn = others[first:] + others[:first]
+            turn = ["plain", *turn[:half], "plain", *turn[half:]]
+            answers: Round = {}
             for name in turn:
                 answers.setdefault(name, []).append(workers[name].ask("step"))
             if r >= 0:
                 measured.append(answers)
             plain = statistics.median(a["wall"] for a in answers["plain"])
-            say(f"round {r + 1}/{rounds}  plain {plain:.2f} s" + ("" if r >= 0 else "  (warm-up)"))
+            say(f"{group}: round {r + 1}/{rounds}  plain {plain:.2f} s" + ("" if r >= 0 else "  (warm-up)"))
         versions = {k: v for w in workers.values() for k, v in w.facts["versions"].items()}
     finally:
         for worker in workers.values():
@@ -161,7 +164,7 @@ def measure_time(
     return measured, versions
 
 
-def summary(measured: list[dict[str, list[dict[str, float]]]], name: str) -> dict[str, float]:
+def summary(measured: list[Round], name: str) -> dict[str, float]:
     """Median and spread of a candidate's per-round ratios to plain, by wall clock and by processor time."""
     out = {"seconds": statistics.median(a["wall"] for answers in measured for a in answers[name])}
     for clock, label in (("wall", "ratio"), ("cpu", "cpu_ratio")):
@@ -233,13 +236,23 @@ def main() -> None:
     keys = ("vocab", "hidden", "intermediate", "layers", "heads", "batch", "tokens", "threads")
     settings = {key: getattr(args, key) for key in keys}
     peaks = {} if args.no_memory else measure_memory(names, pythons, settings)
-    measured, versions = measure_time(names, pythons, settings, args.rounds, args.warmup)
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(str(CANDIDATES[name].get("scheme", "")), []).append(name)
+    plain, versions, figures = groups.pop(""), {}, {}
+    everything: list[Round] = []
+    for group, members in (groups or {"": []}).items():
+        measured, found = measure_time(group, plain + members, pythons, settings, args.rounds, args.warmup)
+        figures |= {name: summary(measured, name) for name in members}
+        versions |= found
+        everything += measured
+    figures = {"plain": summary(everything, "plain"), **figures}
     results = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": machine(),
         "versions": versions,
         "settings": {**settings, "dtype": "float32", "rounds": args.rounds, "warmup": args.warmup},
-        "candidates": {n: summary(measured, n) | ({"peak": peaks[n]} if peaks else {}) for n in names},
+        "candidates": {n: f | ({"peak": peaks[n]} if peaks else {}) for n, f in figures.items()},
     }
     args.out.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))

@@ -56,10 +56,13 @@ class Bins(NamedTuple):
     high: int
     scale: Tensor
 
-    def offset(self) -> Tensor:
-        """Position inside the bin between two levels, in [-1/2, 1/2]."""
-        bin_index = torch.floor(self.u).clamp_(max=max(self.high - 1, self.low))
-        return (self.u - bin_index).sub_(0.5)
+    def error(self) -> Tensor:
+        """Distance to the nearest code, u - code, in [-1/2, 1/2]."""
+        return self.u - self.code
+
+    def offset(self, error: Tensor) -> Tensor:
+        """Position inside the bin between two levels, in [-1/2, 1/2], for ``error``; -1/2 or 1/2 on a level."""
+        return error - torch.copysign(error.new_full((), 0.5), error)
 
 
 @dataclass(frozen=True)

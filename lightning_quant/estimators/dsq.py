@@ -86,7 +86,7 @@ class Dsq(Estimator):
         a = alpha.to(g.dtype)
         s = 1 / (1 - a)
         hardness = torch.log(2 / a - 1)
-        r = bins.offset()
+        r = bins.offset(bins.error())
         # tanh(z) = 2 sigmoid(2z) - 1 and sech^2(z) = 4 sigmoid(2z) (1 - sigmoid(2z)): a sixth of tanh's cost.
         sigmoid = torch.sigmoid_(r * (2 * hardness))
         task = torch.ops.aten.sigmoid_backward(g, sigmoid).mul_(2 * s * hardness)

@@ -164,7 +164,7 @@ class Pege(Estimator):
         assert bins is not None
         b, sharpness, factor = inputs
         surrogate = _Surrogate.at(bins, b, sharpness)
-        total = surrogate.error.mul_(bins.scale.to(g.dtype) * factor).add_(g)
+        total = torch.addcmul(g, surrogate.error, bins.scale.to(g.dtype) * factor.to(g.dtype))
         task = g * surrogate.slope
         grad_b = None
         if b.is_floating_point():
@@ -225,16 +225,16 @@ class _Surrogate:
 
     @staticmethod
     def at(bins: Bins, b: Tensor, sharpness: Tensor) -> _Surrogate:
-        b = b if b.is_floating_point() else b.to(bins.u.dtype).mul_(1 / 255)
+        b = b.to(bins.u.dtype) if b.is_floating_point() else b.to(bins.u.dtype).mul_(1 / 255)
         sharpness = sharpness.to(bins.u.dtype)
-        r = bins.offset()
+        error = bins.error()
+        r = bins.offset(error)
         top = torch.tanh(sharpness / 2)
         # tanh(z) = 2 sigmoid(2z) - 1 and sech^2(z) = 4 sigmoid(2z) (1 - sigmoid(2z)): a sixth of tanh's cost.
         sigmoid = torch.sigmoid_(r * (2 * sharpness))
-        slope = torch.addcmul(sigmoid, sigmoid, sigmoid, value=-1).mul_(2 * sharpness / top).sub_(1).mul_(b).add_(1)
+        slope = torch.addcmul(sigmoid, sigmoid, sigmoid, value=-1).mul_(2 * sharpness / top * b).add_(1 - b)
         gap = sigmoid.sub_(0.5).mul_(1 / top).sub_(r)
-        error = (bins.u - bins.code).addcmul_(gap, b)
-        return _Surrogate(slope, gap, error)
+        return _Surrogate(slope, gap, error.addcmul_(gap, b))
 
 
 def _is_shared(scale: torch.Size, b: torch.Size) -> bool:
