@@ -10,10 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -131,6 +133,14 @@ def table(loss: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("demo"))
@@ -151,7 +161,13 @@ def main() -> None:
     digits = demo.run("a Lightning CNN on digits", str(HERE / "digits.py"), "--out", str(demo.out / "digits"))
     print(digits)
     accuracy = json.loads((demo.out / "digits" / "results.json").read_text())
-    results = {"validation_loss": loss, "digits_accuracy": accuracy, "seconds": time.perf_counter() - start}
+    results = {
+        "validation_loss": loss,
+        "digits_accuracy": accuracy,
+        "seconds": time.perf_counter() - start,
+        "machine": {"processor": processor(), "cores": os.cpu_count()},
+        "versions": {name: version(name) for name in ("torch", "transformers", "lightning")},
+    }
     (demo.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     plot(demo, loss)
     print(f"{time.perf_counter() - start:.0f} s in all; everything is in {args.out}/, the plot in {args.out}/demo.png")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lightning_quant.errors import explain
-from lightning_quant.estimators import ESTIMATORS
+from lightning_quant.errors import explain, unknown
+from lightning_quant.estimators import ESTIMATORS, build_estimator
 from lightning_quant.spec import QuantConfig
 
 
@@ -34,7 +36,8 @@ class QuantArguments:
         default=None, metadata={"help": "What shares PEGE's Theta: element, group, channel or auto."}
     )
     quant_option: list[str] = field(
-        default_factory=list, metadata={"help": "The method's own settings, key=value (values are YAML)."}
+        default_factory=list,
+        metadata={"action": "extend", "help": "The method's own settings, key=value (values are YAML); repeatable."},
     )
     quant_export: str | None = field(
         default=None, metadata={"help": "Directory to export the low-bit model to when training ends."}
@@ -50,22 +53,49 @@ class QuantArguments:
         """The config these flags ask for; None for ``--quant none``.
 
         Raises:
-            ValueError: A bad flag: unknown method or option, a scheme outside the grammar.
+            ValueError: A bad flag: unknown method, option or format, a scheme outside the grammar, a config
+                file that is missing, damaged or not alone.
         """
         if self.quant == "none" and self.quant_config is None:
             return None
-        if self.quant_config is not None:
-            if self.quant != "none" or self.quant_option or self.quant_theta:
-                raise ValueError(
-                    explain("--quant_config", "to stand alone", "method or option flags beside it", "Drop one of them.")
-                )
-            return QuantConfig.from_yaml(self.quant_config)
+        if self.quant_format is not None:
+            from lightning_quant.export import FORMATS
+
+            if self.quant_format not in FORMATS:
+                raise ValueError(unknown("format", self.quant_format, FORMATS, "--quant_format"))
+        config = self._from_flags() if self.quant_config is None else self._from_file(self.quant_config)
+        build_estimator(config.method, dict(config.options))
+        return config
+
+    def _from_file(self, path: str) -> QuantConfig:
+        own = QuantArguments()
+        beside = [
+            f"--{name}"
+            for name in ("quant", "quant_scheme", "quant_calibration", "quant_theta", "quant_option", "quant_target")
+            if getattr(self, name) != getattr(own, name)
+        ]
+        if beside:
+            raise ValueError(
+                explain("--quant_config", "to stand alone", f"{', '.join(beside)} beside it", "Drop one of them.")
+            )
+        if not Path(path).is_file():
+            raise ValueError(explain("--quant_config", "a YAML file", repr(path), "QuantConfig.to_yaml writes one."))
+        try:
+            return QuantConfig.from_yaml(path)
+        except yaml.YAMLError as error:
+            raise ValueError(explain("--quant_config", "YAML", _line(error), f"Mend {path}.")) from error
+
+    def _from_flags(self) -> QuantConfig:
         options: dict[str, Any] = {}
         for text in self.quant_option:
             key, sign, value = text.partition("=")
             if not sign or not key:
                 raise ValueError(explain("--quant_option", "key=value", repr(text), "For example delta=0.001."))
-            options[key] = yaml.safe_load(value)
+            try:
+                options[key] = yaml.load(value, _Values)
+            except yaml.YAMLError as error:
+                cure = "For example lam={curve: linear, start: 0, end: 0.001}, in quotes."
+                raise ValueError(explain(f"--quant_option {key}", "YAML after =", _line(error), cure)) from error
         for key, given in (
             ("theta", self.quant_theta),
             ("calibration", self.quant_calibration),
@@ -74,3 +104,16 @@ class QuantArguments:
             if given is not None:
                 options[key] = given
         return QuantConfig.parse(self.quant, self.quant_scheme, **options)
+
+
+class _Values(yaml.SafeLoader):
+    """YAML whose floats may lack a point: ``1e-3`` is a number here, as in every other tool, not a string."""
+
+
+_Values.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _line(error: yaml.YAMLError) -> str:
+    return " ".join(str(error).split())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,8 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from hf_integration.arguments import QuantArguments
-from lightning_quant.attach import Report, is_attached, without_quantizers
+from lightning_quant import distributed
+from lightning_quant.attach import Report, is_attached, quantizers, without_quantizers
 from lightning_quant.checkpoint import load_quant_config, load_quant_state, save_quant_state
 from lightning_quant.controller import QuantController
 from lightning_quant.errors import explain
@@ -38,6 +40,10 @@ class _Steps(TrainerCallback):
         """Ranges, projections, coverage."""
         self.controller.after_optimizer_step()
 
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Observers stay out of whatever the model is used for next."""
+        self.controller.on_eval()
+
 
 class QuantTrainerMixin:
     """Put in front of ``Trainer`` or a subclass: ``class MyQuantTrainer(QuantTrainerMixin, MyTrainer)``.
@@ -54,6 +60,8 @@ class QuantTrainerMixin:
 
     quant: QuantController | None = None
     quant_arguments: QuantArguments | None = None
+    quant_exported = False
+    _measured = -1
 
     def __init__(self, *args: Any, quant: QuantConfig | QuantArguments | None = None, **kwargs: Any) -> None:
         self.init_quant(quant)
@@ -106,10 +114,27 @@ class QuantTrainerMixin:
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Fill schedules, then train."""
         if self.quant is not None:
-            step, every = self.state.global_step, int(self.state.logging_steps or 0)
-            measure = every > 0 and (step + 1) % every == 0
+            step = self.state.global_step
+            measure = self._logs_after(step + 1)
+            self._measured = step + 1 if measure else self._measured
             self.quant.on_step(step, self._loss_scale(), measure)
         return super().training_step(*args, **kwargs)  # type: ignore[misc]
+
+    def _logs_after(self, steps: int) -> bool:
+        """Whether the training log gets an entry after this many optimizer steps."""
+        if steps == 1 and self.args.logging_first_step:
+            return True
+        every = 0
+        if self.args.logging_strategy == "steps":
+            every = int(self.state.logging_steps or 0)
+        elif self.args.logging_strategy == "epoch":
+            try:
+                every = math.ceil(len(self.callback_handler.train_dataloader) / self.args.gradient_accumulation_steps)
+            except TypeError:  # a stream without a length
+                return True
+        return every > 0 and (
+            steps % every == 0 or (self.args.logging_strategy == "epoch" and steps == self.state.max_steps)
+        )
 
     def _loss_scale(self) -> float:
         """What the mean loss is multiplied with in each backward: gradient scaler over accumulation.
@@ -124,7 +149,9 @@ class QuantTrainerMixin:
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the quantizers' metrics to the training log."""
         if self.quant is not None and "loss" in logs:
-            logs.update({f"quant_{name}": value for name, value in self.quant.metrics().items()})
+            fresh = self._measured == self.state.global_step
+            values = self.quant.metrics() if fresh else self.quant.values()
+            logs.update({f"quant_{name}": value for name, value in values.items()})
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -166,6 +193,13 @@ class QuantTrainerMixin:
         if self.quant is not None:
             load_quant_state(self._quant_model(None), self.state.best_model_checkpoint)
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Quantizer state is not missing from the weights' file: it is loaded from its own right after."""
+        if self.quant is not None:
+            mine = tuple(f"{path}." for path, _ in quantizers(self._quant_model(None)))
+            load_result.missing_keys[:] = [k for k in load_result.missing_keys if not k.startswith(mine)]
+        super()._issue_warnings_after_load(load_result)  # type: ignore[misc]
+
     def _quant_model(self, model: nn.Module | None) -> nn.Module:
         unwrapped: nn.Module = self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False)
         return unwrapped
@@ -177,6 +211,7 @@ class QuantTrainerMixin:
         output = super().train(*args, **kwargs)  # type: ignore[misc]
         if self.quant is not None and self.quant_arguments is not None and self.quant_arguments.quant_export:
             self.export(self.quant_arguments.quant_export, format=self.quant_arguments.quant_format)
+            self.quant_exported = True
         return output
 
     def export(self, path: str | Path, format: str | None = None, **kwargs: Any) -> ExportReport | None:
@@ -195,12 +230,13 @@ class QuantTrainerMixin:
                     "QuantTrainer.export", "a quantized training", "quant=None", "Pass quant=QuantConfig.parse(...)."
                 )
             )
-        report = None
-        if self.is_world_process_zero():
-            kwargs.setdefault("tokenizer", self.processing_class)
-            report = export(self._quant_model(None), path, format=format, config=self.quant.config, **kwargs)
-        self.accelerator.wait_for_everyone()
-        return report
+        model = self._quant_model(None)
+        sharded = any(hasattr(p, "to_local") for p in model.parameters())
+        if not (sharded or self.is_world_process_zero()):
+            distributed.barrier()  # the one that export ends with
+            return None
+        kwargs.setdefault("tokenizer", self.processing_class)
+        return export(model, path, format=format, config=self.quant.config, **kwargs)
 
 
 def check_free(path: str | Path) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from lightning_quant import distributed
 from lightning_quant.attach import quantizers
 from lightning_quant.errors import explain
+from lightning_quant.progress import track
 
 
 def open_observers(model: nn.Module, on: bool) -> None:
@@ -44,7 +45,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> int:
     seen = 0
     try:
         with torch.no_grad():
-            for batch in batches:
+            for batch in track(batches, "calibrating"):
                 if isinstance(batch, Mapping):
                     model(**batch)
                 elif isinstance(batch, (tuple, list)):

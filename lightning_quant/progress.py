@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TypeVar
 
 from lightning_quant import distributed
@@ -10,7 +10,7 @@ from lightning_quant import distributed
 T = TypeVar("T")
 
 
-def track(items: Sequence[T], what: str) -> Iterable[T]:
+def track(items: Iterable[T], what: str) -> Iterable[T]:
     """Iterate, showing a bar once two seconds have passed."""
     try:
         from tqdm.auto import tqdm

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 from lightning_quant import ESTIMATORS, OBSERVERS
@@ -41,3 +43,8 @@ def test_every_method_and_observer_has_its_row_with_paper_file_and_test():
 def test_links_point_at_files():
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_figures_are_generated_from_the_committed_results():
+    script = ROOT / "examples" / "benchmarks" / "readme.py"
+    assert subprocess.run([sys.executable, script, "--check"], check=False).returncode == 0
