@@ -64,7 +64,14 @@ class QuantArguments:
             if self.quant_format not in FORMATS:
                 raise ValueError(unknown("format", self.quant_format, FORMATS, "--quant_format"))
         config = self._from_flags() if self.quant_config is None else self._from_file(self.quant_config)
-        build_estimator(config.method, dict(config.options))
+        try:
+            build_estimator(config.method, dict(config.options))
+        except TypeError as error:  # a string where a number belongs
+            given = ", ".join(f"{k}={v!r}" for k, v in config.options.items())
+            cure = f"See the settings of {config.method} in its class's docstring."
+            raise ValueError(
+                explain("--quant_option", "values of the right type", f"{given} ({error})", cure)
+            ) from error
         return config
 
     def _from_file(self, path: str) -> QuantConfig:
@@ -86,6 +93,17 @@ class QuantArguments:
             raise ValueError(explain("--quant_config", "YAML", _line(error), f"Mend {path}.")) from error
 
     def _from_flags(self) -> QuantConfig:
+        options = self._values()
+        for key, given in (
+            ("theta", self.quant_theta),
+            ("calibration", self.quant_calibration),
+            ("target", self.quant_target),
+        ):
+            if given is not None:
+                options[key] = given
+        return QuantConfig.parse(self.quant, self.quant_scheme, **options)
+
+    def _values(self) -> dict[str, Any]:
         options: dict[str, Any] = {}
         for text in self.quant_option:
             key, sign, value = text.partition("=")
@@ -96,14 +114,7 @@ class QuantArguments:
             except yaml.YAMLError as error:
                 cure = "For example lam={curve: linear, start: 0, end: 0.001}, in quotes."
                 raise ValueError(explain(f"--quant_option {key}", "YAML after =", _line(error), cure)) from error
-        for key, given in (
-            ("theta", self.quant_theta),
-            ("calibration", self.quant_calibration),
-            ("target", self.quant_target),
-        ):
-            if given is not None:
-                options[key] = given
-        return QuantConfig.parse(self.quant, self.quant_scheme, **options)
+        return options
 
 
 class _Values(yaml.SafeLoader):

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
@@ -15,7 +16,7 @@ from lightning_quant import distributed
 from lightning_quant.attach import Report, is_attached, quantizers, without_quantizers
 from lightning_quant.checkpoint import load_quant_config, load_quant_state, save_quant_state
 from lightning_quant.controller import QuantController
-from lightning_quant.errors import explain
+from lightning_quant.errors import CheckpointError, explain
 from lightning_quant.spec import QuantConfig
 
 if TYPE_CHECKING:
@@ -183,7 +184,12 @@ class QuantTrainerMixin:
         if self.quant is not None:
             saved = load_quant_config(resume_from_checkpoint)
             self.quant.load_state_dict({**self.quant.state_dict(), "config": saved.to_dict()})
-        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        except SafetensorError as error:
+            raise CheckpointError(
+                explain(resume_from_checkpoint, "whole weight files", str(error), "Take an earlier checkpoint.")
+            ) from error
         if self.quant is not None:
             load_quant_state(self._quant_model(model), resume_from_checkpoint)
 

@@ -591,7 +591,9 @@ class Endless(IterableDataset):
 
 def test_endless_run_is_refused_before_the_first_step(tmp_path):
     module = Cnn()
-    with pytest.raises(ValueError, match=r"expected the number of optimizer steps of the run, got None\. Set max_steps"):
+    with pytest.raises(
+        ValueError, match=r"expected the number of optimizer steps of the run, got None\. Set max_steps"
+    ):
         trainer(tmp_path, QuantCallback(), max_epochs=-1).fit(module, images())
     with pytest.raises(ValueError, match="Set max_steps"):
         trainer(tmp_path, QuantCallback(), max_epochs=1).fit(module, DataLoader(Endless(), batch_size=2))
