@@ -126,7 +126,17 @@ def load_training_checkpoint(directory: str | Path, model: nn.Module | None = No
 def _from_pretrained(directory: str | Path, **kwargs: Any) -> nn.Module:
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(directory)
+    try:
+        config = transformers.AutoConfig.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            explain(
+                str(directory),
+                "a config.json of transformers beside the weights",
+                str(error),
+                "For a model of another kind call load_training_checkpoint(directory, model) or verify(path, model).",
+            )
+        ) from error
     names = config.architectures or []
     kind = getattr(transformers, names[0], None) if names else None
     if kind is None:
