@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import yaml
 
 from lightning_quant.errors import explain, unknown
 from lightning_quant.estimators import ESTIMATORS, build_estimator
-from lightning_quant.spec import QuantConfig
+from lightning_quant.spec import QuantConfig, YamlLoader
 
 
 @dataclass
@@ -110,20 +109,11 @@ class QuantArguments:
             if not sign or not key:
                 raise ValueError(explain("--quant_option", "key=value", repr(text), "For example delta=0.001."))
             try:
-                options[key] = yaml.load(value, _Values)
+                options[key] = yaml.load(value, YamlLoader)
             except yaml.YAMLError as error:
                 cure = "For example lam={curve: linear, start: 0, end: 0.001}, in quotes."
                 raise ValueError(explain(f"--quant_option {key}", "YAML after =", _line(error), cure)) from error
         return options
-
-
-class _Values(yaml.SafeLoader):
-    """YAML whose floats may lack a point: ``1e-3`` is a number here, as in every other tool, not a string."""
-
-
-_Values.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
 
 
 def _line(error: yaml.YAMLError) -> str:

@@ -12,7 +12,6 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from hf_integration.arguments import QuantArguments
-from lightning_quant import distributed
 from lightning_quant.attach import Report, is_attached, quantizers, without_quantizers
 from lightning_quant.checkpoint import load_quant_config, load_quant_state, save_quant_state
 from lightning_quant.controller import QuantController
@@ -220,8 +219,8 @@ class QuantTrainerMixin:
             self.quant_exported = True
         return output
 
-    def export(self, path: str | Path, format: str | None = None, **kwargs: Any) -> ExportReport | None:
-        """Write the low-bit model: see ``lightning_quant.export.export``.  Other ranks wait for the first.
+    def export(self, path: str | Path, format: str | None = None, **kwargs: Any) -> ExportReport:
+        """Write the low-bit model: see ``lightning_quant.export.export``.  Every rank calls it.
 
         Args:
             path: A directory that does not exist yet.
@@ -236,13 +235,8 @@ class QuantTrainerMixin:
                     "QuantTrainer.export", "a quantized training", "quant=None", "Pass quant=QuantConfig.parse(...)."
                 )
             )
-        model = self._quant_model(None)
-        sharded = any(hasattr(p, "to_local") for p in model.parameters())
-        if not (sharded or self.is_world_process_zero()):
-            distributed.barrier()  # the one that export ends with
-            return None
         kwargs.setdefault("tokenizer", self.processing_class)
-        return export(model, path, format=format, config=self.quant.config, **kwargs)
+        return export(self._quant_model(None), path, format=format, config=self.quant.config, **kwargs)
 
 
 def check_free(path: str | Path) -> None:

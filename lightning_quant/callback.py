@@ -106,7 +106,7 @@ class QuantCallback(Callback):
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Update state no optimizer holds."""
-        self.controller.before_optimizer_step()
+        self.controller.before_optimizer_step(optimizer)
 
     @override
     def on_train_batch_end(

@@ -112,10 +112,18 @@ class QuantController:
             if q.measuring != measure:
                 q.measuring = measure
 
-    def before_optimizer_step(self) -> None:
-        """After backward: update state that no optimizer holds."""
+    def before_optimizer_step(self, optimizer: Optimizer | None = None) -> None:
+        """After backward: update state that no optimizer holds.
+
+        Args:
+            optimizer: The one about to step; state of weights it does not hold waits for theirs.
+        """
+        if not self._weights:
+            return
+        held = None if optimizer is None else {id(p) for g in optimizer.param_groups for p in g["params"]}
         for q, module in self._weights:
-            q.estimator.before_optimizer_step(q, module.weight)  # type: ignore[arg-type]
+            if held is None or id(module.weight) in held:
+                q.estimator.before_optimizer_step(q, module.weight)  # type: ignore[arg-type]
 
     def after_optimizer_step(self) -> None:
         """After an update: take observed ranges in, project learned state, check coverage once."""

@@ -28,6 +28,15 @@ GRAMMAR = "w{1|1.58|2..8|16}[a{1..8|16}][-g{n}|-channel|-tensor][-asym][-static|
 PRESETS = ("w4a16", "w8a16", "w8a8", "w4a8")
 INHERIT = "inherit"
 
+
+class YamlLoader(yaml.SafeLoader):
+    """Safe YAML whose floats may lack a point: ``1e-3`` is a number, as in every other tool, not a string."""
+
+
+YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
 _HEAD = re.compile(r"w(1\.58|16|[1-8])(?:a(16|[1-8]))?")
 
 
@@ -247,7 +256,7 @@ class QuantConfig:
     @staticmethod
     def from_yaml(path: str | Path) -> QuantConfig:
         """Read a config that ``to_yaml`` (or a person) wrote."""
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        data = yaml.load(Path(path).read_text(encoding="utf-8"), YamlLoader)
         if not isinstance(data, Mapping):
             raise ValueError(
                 explain(str(path), "a mapping of settings", type(data).__name__, "See QuantConfig.to_yaml.")

@@ -62,6 +62,7 @@ def new_directory(path: Path) -> Iterator[Path]:
                 str(path), "a directory that does not exist yet", "an existing one", "Choose another, or remove it."
             )
         )
+    distributed.barrier()  # no rank looks after another has finished
     temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
     if distributed.rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)

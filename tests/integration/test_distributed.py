@@ -46,10 +46,16 @@ def test_trainer_ddp(tmp_path, theta):
 
 
 def test_trainer_accumulation_equals_the_big_batch(tmp_path):
-    for name in ("one", "two"):
+    found = []
+    for name, accumulate in (("one", 1), ("two", 2)):
         (tmp_path / name).mkdir()
-    run("hf_run.py", "--out", tmp_path / "one", "--scheme", "w8a8-static")
-    run("hf_run.py", "--out", tmp_path / "two", "--scheme", "w8a8-static", "--accumulate", 2)
-    one, two = (torch.tensor(result(tmp_path / name)["losses"]) for name in ("one", "two"))
-    # Later steps drift apart: a difference in the last bit of a sum can move a value to the next code.
-    torch.testing.assert_close(two[:8], one[:8], rtol=1e-4, atol=1e-4)
+        run("hf_run.py", "--out", tmp_path / name, "--scheme", "w8a8-static", "--accumulate", accumulate)
+        found.append(result(tmp_path / name))
+    one, two = (torch.tensor(f["losses"]) for f in found)
+    # In the calibration window (5 steps) ranges follow the data of the whole step, however it is cut.  Later a sum
+    # in another order moves some value to the next code.
+    torch.testing.assert_close(two[:5], one[:5], rtol=1e-4, atol=1e-4)
+    ranges = [{n: v for n, v in f["quant"].items() if n.endswith("running")} for f in found]
+    assert len(ranges[0]) == 14
+    for name, value in ranges[0].items():
+        torch.testing.assert_close(ranges[1][name], value, rtol=2e-2, atol=2e-2)
