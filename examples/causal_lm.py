@@ -114,6 +114,7 @@ def main() -> None:
     if args.do_train:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         trainer.save_model()
+        trainer.save_state()
     if args.do_eval:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)

@@ -1,0 +1,63 @@
+"""Fill the README's tables of figures from the committed results.
+
+    python examples/benchmarks/readme.py            # rewrite README.md
+    python examples/benchmarks/readme.py --check    # exit status 1 if it would change
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+README = HERE.parents[1] / "README.md"
+sys.path.insert(0, str(HERE.parent))
+
+from benchmarks import overhead  # noqa: E402
+from demo import table as demo_table  # noqa: E402
+
+
+def results(name: str) -> dict[str, Any]:
+    return json.loads((HERE / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def demo_section() -> str:
+    data = results("demo")
+    digits = "\n".join(f"| {name} | {value:.4f} |" for name, value in data["digits_accuracy"].items())
+    return (
+        f"{demo_table(data['validation_loss'])}\n\nThe CNN on scikit-learn's digits, accuracy on 397 held-out images "
+        f"(`rounded` is the fine-tuned float model, calibrated):\n\n| | accuracy |\n|---|---|\n{digits}\n\n"
+        f"{data['seconds']:.0f} s in all on {data['machine']['processor']}, {data['machine']['cores']} cores."
+    )
+
+
+SECTIONS = {"overhead": lambda: overhead.table(results("overhead")), "demo": demo_section}
+
+
+def filled(text: str) -> str:
+    """The README with every generated section made anew."""
+    for name, make in SECTIONS.items():
+        pattern = rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)"
+        text, count = re.subn(pattern, lambda m, s=make: f"{m[1]}{s()}\n{m[2]}", text, flags=re.DOTALL)
+        if count != 1:
+            raise SystemExit(f"README.md: expected one section {name}, got {count}. Restore its markers.")
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    old = README.read_text(encoding="utf-8")
+    new = filled(old)
+    if args.check:
+        raise SystemExit(int(new != old))
+    README.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
