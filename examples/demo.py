@@ -10,13 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+
+from benchmarks.machine import machine
 
 HERE = Path(__file__).resolve().parent
 MODEL = ["--hidden_size", "192", "--num_hidden_layers", "4", "--vocab_size", "320"]
@@ -136,14 +137,6 @@ def table(loss: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("demo"))
@@ -168,7 +161,7 @@ def main() -> None:
         "validation_loss": loss,
         "digits_accuracy": accuracy,
         "seconds": time.perf_counter() - start,
-        "machine": {"processor": processor(), "cores": os.cpu_count()},
+        "machine": machine(),
         "versions": {name: version(name) for name in ("torch", "transformers", "lightning")},
     }
     (demo.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")

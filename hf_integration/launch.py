@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import re
 import runpy
 import sys
@@ -30,6 +31,9 @@ class ScriptError(RuntimeError):
 def main(argv: list[str] | None = None) -> int:
     """Run the script; returns the exit status: 2 with one line on stderr where a flag or the script is at fault."""
     arguments = sys.argv[1:] if argv is None else argv
+    if importlib.util.find_spec("transformers") is None:
+        cure = "pip install 'lightning-quant[hf,export]'"
+        return _refuse(ImportError(explain("hf-quant", "transformers", "none installed", cure)))
     if not arguments or arguments[0] in ("-h", "--help"):
         _parser().print_help()
         return 0 if arguments else 2

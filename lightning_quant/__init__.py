@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_quant.attach import Report, attach, detach
 from lightning_quant.calibration import calibrate
 from lightning_quant.controller import QuantController
-from lightning_quant.errors import AttachError, CheckpointError, CoverageError
+from lightning_quant.errors import AttachError, CheckpointError, CoverageError, explain
 from lightning_quant.estimators import ESTIMATORS
 from lightning_quant.observers import OBSERVERS
 from lightning_quant.optim import param_groups
@@ -45,7 +45,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """``QuantCallback`` needs Lightning and is imported on first use."""
     if name == "QuantCallback":
-        from lightning_quant.callback import QuantCallback
-
+        try:
+            from lightning_quant.callback import QuantCallback
+        except ModuleNotFoundError as error:
+            cure = "pip install 'lightning-quant[lightning]'"
+            raise ImportError(explain("QuantCallback", "the package lightning", str(error), cure)) from error
         return QuantCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -190,7 +190,7 @@ class FakeQuantizer(nn.Module):
     def _per_sample(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Static ranges that no data has set yet: each sample's own, however a batch is cut."""
         rows = x.reshape(len(x), -1) if x.numel() else x.new_zeros(len(x), 1)
-        scale, zero = grid.scale_and_zero(*rows.aminmax(dim=1), self.spec.bits, bool(self.spec.symmetric))
+        scale, zero = grid.scale_and_zero(rows.amin(dim=1), rows.amax(dim=1), self.spec.bits, bool(self.spec.symmetric))
         shape = (len(x), *(1,) * (x.ndim - 1))
         return scale.reshape(shape), None if zero is None else zero.reshape(shape)
 

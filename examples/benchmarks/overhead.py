@@ -17,13 +17,14 @@ import argparse
 import datetime
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from machine import machine
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -175,13 +176,6 @@ def summary(measured: list[Round], name: str) -> dict[str, float]:
         tenths = statistics.quantiles(ratios, n=10, method="inclusive") if len(ratios) > 1 else [ratios[0]] * 9
         out |= {label: statistics.median(ratios), f"{label}_10": tenths[0], f"{label}_90": tenths[-1]}
     return {key: round(value, 4) for key, value in out.items()}
-
-
-def machine() -> dict[str, Any]:
-    """Processor and system."""
-    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    model = cpu[0].split(":", 1)[1].strip() if cpu else platform.machine()
-    return {"processor": model, "cores": os.cpu_count(), "system": platform.system(), "load": os.getloadavg()[0]}
 
 
 def table(results: dict[str, Any]) -> str:

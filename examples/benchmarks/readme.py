@@ -1,7 +1,6 @@
 """Fill the README's tables of figures from the committed results.
 
-    python examples/benchmarks/readme.py            # rewrite README.md
-    python examples/benchmarks/readme.py --check    # exit status 1 if it would change
+``python examples/benchmarks/readme.py`` rewrites README.md; with ``--check`` the exit status is 1 if it would change.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ HERE = Path(__file__).resolve().parent
 README = HERE.parents[1] / "README.md"
 sys.path.insert(0, str(HERE.parent))
 
-from benchmarks import overhead  # noqa: E402
+import overhead  # noqa: E402
 from demo import table as demo_table  # noqa: E402
 
 

@@ -19,5 +19,4 @@ class MinMax(Observer):
 
     def range(self, rows: Tensor, bits: float, symmetric: bool) -> tuple[Tensor, Tensor]:
         """See the class."""
-        low, high = rows.aminmax(dim=1)
-        return low, high
+        return rows.amin(dim=1), rows.amax(dim=1)

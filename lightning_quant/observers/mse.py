@@ -37,7 +37,7 @@ class Mse(Observer):
     def range(self, rows: Tensor, bits: float, symmetric: bool) -> tuple[Tensor, Tensor]:
         """See the class."""
         rows = rows.float()
-        low, high = (end.clone() for end in rows.aminmax(dim=1))
+        low, high = rows.amin(dim=1), rows.amax(dim=1)
         bounds = code_bounds(bits)
         best = torch.full_like(low, torch.inf)
         best_low, best_high = low.clone(), high.clone()
