@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     if importlib.util.find_spec("transformers") is None:
         cure = "pip install 'lightning-quant[hf,export]'"
-        return _refuse(ImportError(explain("hf-quant", "transformers", "none installed", cure)))
+        return _refuse(ImportError(explain("this environment", "transformers", "none", cure)))
     if not arguments or arguments[0] in ("-h", "--help"):
         _parser().print_help()
         return 0 if arguments else 2

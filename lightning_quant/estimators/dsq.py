@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Dsq(Estimator):
-    """DSQ with a hard forward.
+    """Differentiable soft quantization (DSQ) with a hard forward.
 
     With r in [-1/2, 1/2] the place between two levels, s = 1 / (1 - alpha), K = ln(2/alpha - 1):
     ``g_x = g * (s K / 2) * sech^2(K r)``; the slope's mean over a bin is 1.

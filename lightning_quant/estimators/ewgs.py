@@ -14,7 +14,7 @@ from lightning_quant.estimators.base import Bins, Estimator, Gradient
 
 @dataclass(frozen=True)
 class Ewgs(Estimator):
-    """EWGS with a fixed delta.
+    """Element-wise gradient scaling (EWGS) with a fixed delta.
 
     ``g_x = g * (1 + delta * sign(g) * (x_n - x_q))`` inside the range, where x_n - x_q is the rounding error
     as a share of the whole range, (u - code) / (high - low).

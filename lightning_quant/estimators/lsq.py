@@ -10,7 +10,7 @@ from lightning_quant.estimators.base import Estimator
 
 @dataclass(frozen=True)
 class Lsq(Estimator):
-    """LSQ.
+    """Learned step size (LSQ): straight-through, with a scale that is trained.
 
     ``g_x = g`` inside the range, 0 outside;
     ``g_s = sum(g * t) / sqrt(N * high)`` with t = round(v/s) - v/s inside, low below, high above, and N the
