@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
@@ -182,9 +183,13 @@ def test_evaluation_coverage_looks_at_evaluation_alone(steps):
 
 
 def test_coverage_off():
-    controller, _ = controlled("ste", "w8a16", coverage="off")
-    controller.after_optimizer_step()
-    controller.after_eval_batch()
+    controller, model = controlled("ste", "w8a16", coverage="off")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        controller.after_optimizer_step()
+        controller.after_eval_batch()
+    assert not caught
+    assert not any(q.called for _, q in quantizers(model))
 
 
 # --- state ------------------------------------------------------------------------------------------------------------
@@ -221,7 +226,9 @@ def test_another_grid_is_refused(change, key):
 
 def test_what_does_not_decide_the_grid_may_change():
     state = QuantController(QuantConfig.parse("ste", "w4a16-g16")).state_dict()
-    QuantController(QuantConfig.parse("ste", "w4a16-g16", coverage="warn", scale_lr=1.0)).load_state_dict(state)
+    other = QuantController(QuantConfig.parse("ste", "w4a16-g16", coverage="warn", scale_lr=1.0))
+    other.load_state_dict({**state, "step": 7})
+    assert other.step == 7
 
 
 def test_another_version_is_refused():

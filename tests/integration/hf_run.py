@@ -40,12 +40,13 @@ def main() -> None:
     parser.add_argument("--scheme", default="w4a16-g32")
     parser.add_argument("--theta", default="group")
     parser.add_argument("--accumulate", type=int, default=1)
+    parser.add_argument("--double", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     options = {"theta": args.theta} if args.method == "pege" else {}
     trainer = QuantTrainer(
-        model=causal_lm(),
+        model=causal_lm().double() if args.double else causal_lm(),
         args=TrainingArguments(
             output_dir=str(args.out / "run"),
             max_steps=12,

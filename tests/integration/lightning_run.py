@@ -92,7 +92,10 @@ def main() -> None:
     parser.add_argument("--strategy", default="auto")
     parser.add_argument("--method", default="pege")
     parser.add_argument("--scheme", default="w4a16-g32")
+    parser.add_argument("--double", action="store_true")
     args = parser.parse_args()
+    if args.double:
+        torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))

@@ -13,17 +13,22 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(script: str, *args: object, processes: int = 1, expect: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run tests/integration/SCRIPT, under torchrun when ``processes`` > 1, and check its exit status."""
+def start(*words: object, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    """Run ``python WORDS``, under torchrun when ``processes`` > 1, to its end."""
     command = [sys.executable]
     if processes > 1:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
         command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
-    command += [str(ROOT / "tests" / "integration" / script), *map(str, args)]
+    command += map(str, words)
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=240, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=240, check=False)
+
+
+def run(script: str, *args: object, processes: int = 1, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run tests/integration/SCRIPT and check its exit status."""
+    done = start(ROOT / "tests" / "integration" / script, *args, processes=processes)
     assert done.returncode == expect, done.stdout[-2000:] + done.stderr[-4000:]
     return done
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import runpy
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +18,7 @@ from hf_integration.launch import main, split_argv
 from lightning_quant.attach import is_attached
 from lightning_quant.cli import main as lightning_quant
 from lightning_quant.export import verify
-from tests.integration.processes import ROOT
+from tests.integration.processes import ROOT, start
 
 COMMON = """
 import json, os, sys
@@ -124,15 +122,7 @@ def seen(out: Path) -> dict[str, object]:
 
 
 def process(*words: object, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable]
-    if processes > 1:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
-    command += ["-m", "hf_integration", *map(str, words)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=240, check=False)
+    return start("-m", "hf_integration", *words, processes=processes)
 
 
 def test_unmodified_script_trains_quantized_and_sees_only_its_own_flags(tmp_path, script):
