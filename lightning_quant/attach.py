@@ -21,14 +21,8 @@ from lightning_quant.granularity import Granularity
 from lightning_quant.layers import QuantEmbedding, QuantLayer, float_class, is_convolution, layer_class
 from lightning_quant.progress import track
 from lightning_quant.quantizer import FakeQuantizer
-from lightning_quant.spec import (
-    INHERIT,
-    LayerRule,
-    QuantConfig,
-    TensorSpec,
-    resolve_activation,
-    resolve_weight,
-)
+from lightning_quant.resolve import resolve_activation, resolve_weight
+from lightning_quant.spec import INHERIT, LayerRule, QuantConfig, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -115,8 +109,9 @@ def attach(model: nn.Module, config: QuantConfig) -> Report:
             explain(type(model).__name__, "a float model", "one with quantizers", "Call detach(model) first.")
         )
     plans, report = _plan(model, config, estimator)
-    weight_rule = estimator.fit({p.path: p.rows for p in plans}, {p.path: p.scales for p in plans})
-    quantizers = [_quantizers(p, config, weight_rule) for p in plans]
+    weights, inputs = estimator.role(True), estimator.role(False)
+    weights = weights.fit({p.path: p.rows for p in plans}, {p.path: p.scales for p in plans})
+    quantizers = [_quantizers(p, config, weights, inputs) for p in plans]
     for plan, (weight, activation) in track(list(zip(plans, quantizers, strict=True)), "fitting weight ranges"):
         weight.fit_range(plan.module.weight)  # type: ignore[arg-type]
         plan.module.__class__ = plan.kind
@@ -160,7 +155,7 @@ def _plan(model: nn.Module, config: QuantConfig, estimator: Estimator) -> tuple[
         assert isinstance(weight_spec, TensorSpec)
         assert not isinstance(input_spec, str)
         _check_module(path, module, weight)
-        spec = resolve_weight(weight_spec, convolutional, estimator.learns_scale)
+        spec = resolve_weight(weight_spec, convolutional, estimator.role(True), f"{path}.weight")
         twin = next((p for p in plans if p.module.weight is weight), None)
         if twin is not None and not (spec.dynamic and spec == twin.weight):
             raise AttachError(
@@ -173,7 +168,9 @@ def _plan(model: nn.Module, config: QuantConfig, estimator: Estimator) -> tuple[
             )
         activation = None
         if input_spec is not None and kind is not QuantEmbedding:
-            activation = resolve_activation(input_spec, convolutional, estimator.learns_scale)
+            activation = resolve_activation(input_spec, convolutional, estimator.role(False), f"{path}.input")
+            if activation.granularity == "group":
+                Granularity("group", None, activation.group_size or 0).check_row(weight.shape[-1], path)
         granularity = Granularity(spec.granularity, kind.output_axis, spec.group_size or 0)
         scales = granularity.scale_shape(weight.shape, path)
         plans.append(_Plan(path, module, kind, spec, activation, granularity.rows(weight.shape), scales))
@@ -255,30 +252,38 @@ def _check_module(path: str, module: nn.Module, weight: Tensor) -> None:
         )
 
 
-def _quantizers(plan: _Plan, config: QuantConfig, rule: Estimator) -> tuple[FakeQuantizer, FakeQuantizer | None]:
+def _quantizers(
+    plan: _Plan, config: QuantConfig, weights: Estimator, inputs: Estimator
+) -> tuple[FakeQuantizer, FakeQuantizer | None]:
     weight: Tensor = plan.module.weight  # type: ignore[assignment]
-    build = partial(FakeQuantizer, estimator=rule, target=config.target, dtype=weight.dtype, device=weight.device)
+    build = partial(FakeQuantizer, target=config.target, dtype=weight.dtype, device=weight.device)
     salt = zlib.crc32(plan.path.encode()) ^ config.seed
-    own = build(plan.weight, plan.granularity, shape=tuple(weight.shape), salt=salt, where=f"{plan.path}.weight")
+    where = f"{plan.path}.weight"
+    own = build(plan.weight, plan.granularity, weights, shape=tuple(weight.shape), salt=salt, where=where)
     if plan.activation is None:
         return own, None
-    inputs = build(
+    of_inputs = build(
         plan.activation,
-        Granularity(plan.activation.granularity, None),
+        Granularity(plan.activation.granularity, None, plan.activation.group_size or 0),
+        inputs,
         channels=getattr(plan.module, plan.kind.input_channels),
         channel_axis=plan.kind.channel_axis,
         salt=~salt,
         where=f"{plan.path}.input",
     )
-    return own, inputs
+    if of_inputs.observer.data_free and not of_inputs.spec.dynamic:
+        of_inputs.fit_range(torch.empty(1, 0))
+    return own, of_inputs
 
 
 def _words(weight: TensorSpec, activation: TensorSpec | None) -> str:
     def one(letter: str, spec: TensorSpec) -> str:
         size = str(spec.group_size) if spec.group_size else ""
         kind = "dynamic" if spec.dynamic else "learned" if spec.learn_scale else "fixed"
-        asymmetric = "" if spec.symmetric else " asymmetric"
-        return f"{letter}{spec.bits:g} {spec.granularity}{size} {kind}{asymmetric}"
+        more = "" if spec.symmetric else " asymmetric"
+        for value, usual in ((spec.grid, "int"), (spec.range, "scale"), (spec.scale_format, "float")):
+            more += "" if value == usual else f" {value}"
+        return f"{letter}{spec.bits:g} {spec.granularity}{size} {kind}{more}"
 
     return one("w", weight) + (", " + one("a", activation) if activation else "")
 

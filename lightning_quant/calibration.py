@@ -17,7 +17,7 @@ from lightning_quant.progress import track
 def open_observers(model: nn.Module, on: bool) -> None:
     """Let the static activation quantizers note ranges in their forwards, or stop them."""
     for _, q in quantizers(model):
-        q.observing = on and not q.is_weight and not q.spec.dynamic
+        q.observing = on and not (q.is_weight or q.spec.dynamic or q.observer.data_free)
 
 
 def commit_ranges(model: nn.Module) -> None:

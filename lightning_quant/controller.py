@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_quant.attach import Report, attach, check_coverage, is_attached, quantizers
+from lightning_quant.attach import Report, attach, check_coverage, is_attached, quant_layers, quantizers
 from lightning_quant.calibration import commit_ranges, open_observers
 from lightning_quant.distributed import whole
 from lightning_quant.errors import AttachError, explain
 from lightning_quant.estimators import build_estimator
 from lightning_quant.optim import split_groups
 from lightning_quant.quantizer import FakeQuantizer
+from lightning_quant.schedule import Schedule
 from lightning_quant.spec import QuantConfig
 
 STATE_VERSION = 1
@@ -37,7 +38,7 @@ class QuantController:
     def __init__(self, config: QuantConfig) -> None:
         self.config = config
         self.estimator = build_estimator(config.method, dict(config.options))
-        self.schedules = dict(self.estimator.schedules())
+        self.schedules = {**self.estimator.role(False).schedules(), **self.estimator.role(True).schedules()}
         self.report: Report | None = None
         self.total_steps: int | None = None
         self.step = 0
@@ -45,7 +46,8 @@ class QuantController:
         self._model: nn.Module | None = None
         self._trained = self._evaluated = False
         self._quantizers: list[FakeQuantizer] = []
-        self._weights: list[tuple[FakeQuantizer, nn.Module]] = []
+        self._weights: dict[FakeQuantizer, nn.Module] = {}
+        self._scheduled: list[tuple[str, Schedule, list[Tensor]]] = []
 
     def prepare(self, model: nn.Module) -> Report | None:
         """Attach, unless the model already holds quantizers (a second stage of the same run)."""
@@ -68,15 +70,19 @@ class QuantController:
         for schedule in self.schedules.values():
             schedule(0, total_steps)
         self._quantizers = [q for _, q in quantizers(self.model)]
-        self._weights = []
-        for path, module in self.model.named_modules():
-            q = getattr(module, "weight_quant", None)
-            if isinstance(q, FakeQuantizer) and "step" in q._buffers and "theta" in q._buffers:
-                if hasattr(module.weight, "to_local"):
-                    raise AttachError(
-                        explain(path, "a whole weight for a uint8 Theta", "a sharded one", 'Use theta="group".')
-                    )
-                self._weights.append((q, module))
+        self._weights = {}
+        for path, layer in quant_layers(self.model):
+            self._weights[layer.weight_quant] = layer
+            if layer.weight_quant.estimator.holds_elements and hasattr(layer.weight, "to_local"):
+                name = type(layer.weight_quant.estimator).__name__.lower()
+                expected = f"a whole weight for the state per element that {name} keeps"
+                cure = 'For pege use theta="group"; else choose a method without such state, or DDP.'
+                raise AttachError(explain(path, expected, "a sharded one", cure))
+        buffers: dict[tuple[str, Schedule], list[Tensor]] = {}
+        for q in self._quantizers:
+            for name, schedule in q.estimator.schedules().items():
+                buffers.setdefault((name, schedule), []).append(q._buffers[name])  # type: ignore[arg-type]
+        self._scheduled = [(name, schedule, found) for (name, schedule), found in buffers.items()]
         self._trained = self._evaluated = False
 
     @property
@@ -101,10 +107,10 @@ class QuantController:
             measure: Let the forward measure errors for ``metrics``.
         """
         self.step, self._loss_scale = step, loss_scale
-        for name, value in self.values().items():
-            scaled = value * loss_scale if name == "lam" else value
-            _fill([q._buffers[name] for q in self._quantizers if name in q._buffers], scaled)
-        _fill([q._buffers["step"] for q in self._quantizers if "step" in q._buffers], step)
+        for name, schedule, buffers in self._scheduled:
+            value = schedule(step, self.total_steps)
+            _fill(buffers, value * loss_scale if name == "lam" else value)
+        _fill([q.step for q in self._quantizers if "step" in q._buffers], step)
         observing = step < self.config.calibration
         if observing or any(q.observing for q in self._quantizers):
             open_observers(self.model, observing)
@@ -118,19 +124,23 @@ class QuantController:
         Args:
             optimizer: The one about to step; state of weights it does not hold waits for theirs.
         """
-        if not self._weights:
+        stepped = {q: layer for q, layer in self._weights.items() if q.estimator.holds_elements}
+        if not stepped:
             return
         held = None if optimizer is None else {id(p) for g in optimizer.param_groups for p in g["params"]}
-        for q, module in self._weights:
-            if held is None or id(module.weight) in held:
-                q.estimator.before_optimizer_step(q, module.weight)  # type: ignore[arg-type]
+        for q, layer in stepped.items():
+            if held is None or id(layer.weight) in held:
+                q.estimator.before_optimizer_step(q, layer.weight)  # type: ignore[arg-type]
 
     def after_optimizer_step(self) -> None:
         """After an update: take observed ranges in, project learned state, check coverage once."""
         commit_ranges(self.model)
         _floor_scales(self._quantizers)
         for q in self._quantizers:
-            q.estimator.project(q)
+            layer = self._weights.get(q)
+            q.estimator.project(q, None if layer is None else layer.weight)  # type: ignore[arg-type]
+            if not q.spec.dynamic and q.ready:
+                q.range.project(q)
         if not self._trained:
             self._trained = True
             check_coverage(self.model, self.config.coverage, "training")
@@ -186,13 +196,13 @@ class QuantController:
                     "QuantController state", f"version {STATE_VERSION}", state.get("version"), "Retrain, or convert."
                 )
             )
-        now = self.config.to_dict()
+        now, then = self.config.to_dict(), QuantConfig.from_dict(state["config"], "QuantController state").to_dict()
         for key in ("method", "weight", "activation", "rules", "options"):
-            if state["config"].get(key) != now[key]:
+            if then[key] != now[key]:
                 raise ValueError(
                     explain(
                         f"QuantController state, {key}",
-                        f"the checkpoint's {state['config'].get(key)!r}",
+                        f"the checkpoint's {then[key]!r}",
                         repr(now[key]),
                         "Resume with the config the run was started with.",
                     )
@@ -200,8 +210,7 @@ class QuantController:
         self.step = int(state["step"])
 
 
-def _fill(buffers: list[Tensor | None], value: float | Tensor) -> None:
-    tensors = [b for b in buffers if b is not None]
+def _fill(tensors: list[Tensor], value: float | Tensor) -> None:
     if not tensors:
         return
     torch._foreach_zero_(tensors)

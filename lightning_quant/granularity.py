@@ -17,7 +17,8 @@ class Granularity:
 
     Weights are viewed as rows, one per output channel: (out, n) with scales (out, 1) for ``channel`` and
     (1,) for ``tensor``; (out, G, size) with scales (out, G) for ``group``.  Activations keep their shape,
-    with scales (1,) for ``tensor`` and (..., 1) for ``token``.
+    with scales (1,) for ``tensor`` and (..., 1) for ``token``; ``group`` cuts their last dimension into
+    (..., G, size) with scales (..., G, 1).
 
     Args:
         kind: tensor, channel, group or token.
@@ -32,11 +33,16 @@ class Granularity:
 
     def scale_shape(self, shape: Sequence[int], where: str = "tensor") -> tuple[int, ...]:
         """Shape of the scales of a tensor of this shape; refuses a group size that does not divide."""
-        if self.kind in ("tensor", "token"):
+        if self.kind in ("tensor", "token") or self.axis is None:
             return (1,)
         out, row = self.rows(shape)
         if self.kind == "channel":
             return (out, 1)
+        self.check_row(row, where)
+        return (out, row // self.group_size)
+
+    def check_row(self, row: int, where: str) -> None:
+        """Refuse a group size that does not divide this many elements."""
         if row % self.group_size:
             fits = [g for g in (128, 64, 32, 16, 8) if row % g == 0]
             hint = f"Use group_size={fits[0]}, or" if fits else "Use granularity='channel', or"
@@ -45,7 +51,6 @@ class Granularity:
                 f"does not divide in_features={row}. {hint} exclude it with "
                 f'LayerRule(match="*.{where.rsplit(".", 1)[-1]}", weight=None).'
             )
-        return (out, row // self.group_size)
 
     def rows(self, shape: Sequence[int]) -> tuple[int, int]:
         """A weight's output channels and the elements of each."""
@@ -55,7 +60,7 @@ class Granularity:
     def view(self, x: Tensor) -> Tensor:
         """The tensor in the shape that ``lift``-ed scales broadcast against (no copy when axis is 0)."""
         if self.axis is None:
-            return x
+            return x if self.kind != "group" else x.reshape(*x.shape[:-1], -1, self.group_size)
         rows = x.movedim(self.axis, 0) if self.axis else x
         if self.kind == "group":
             return rows.reshape(rows.shape[0], -1, self.group_size)
@@ -64,7 +69,7 @@ class Granularity:
     def unview(self, y: Tensor, shape: Sequence[int]) -> Tensor:
         """Undo ``view`` (and any further cutting of rows) for a tensor whose original shape was ``shape``."""
         if self.axis is None:
-            return y
+            return y if self.kind != "group" else y.reshape(tuple(shape))
         if not self.axis:
             return y.reshape(tuple(shape))
         moved = [shape[self.axis], *(n for i, n in enumerate(shape) if i != self.axis)]
@@ -72,7 +77,7 @@ class Granularity:
 
     def lift(self, scale: Tensor) -> Tensor:
         """Scales in the shape that broadcasts against ``view``."""
-        return scale.unsqueeze(-1) if self.kind == "group" else scale
+        return scale.unsqueeze(-1) if self.kind == "group" and self.axis is not None else scale
 
     def flat(self, x: Tensor) -> Tensor:
         """Rows of elements that share a scale, (number of scales, elements each), for observers."""

@@ -33,13 +33,17 @@ class QuantLayer(nn.Module):
         """The input on its grid, or as it is."""
         return x if self.input_quant is None else self.input_quant(x)
 
+    def quant_output(self, y: Tensor) -> Tensor:
+        """The output, with whatever the method does to the gradient that comes back through it."""
+        return self.weight_quant.estimator.output(self.weight_quant, y)
+
 
 class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]
     """``nn.Linear`` on the grid."""
 
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.Linear``."""
-        return F.linear(self.quant_input(input), self.quant_weight(), self.bias)
+        return self.quant_output(F.linear(self.quant_input(input), self.quant_weight(), self.bias))
 
 
 class _QuantConv(QuantLayer):
@@ -48,7 +52,7 @@ class _QuantConv(QuantLayer):
     def forward(self, input: Tensor) -> Tensor:
         """As the float layer."""
         y: Tensor = self._conv_forward(self.quant_input(input), self.quant_weight(), self.bias)  # type: ignore[operator]
-        return y
+        return self.quant_output(y)
 
 
 class QuantConv1d(_QuantConv, nn.Conv1d):  # type: ignore[misc]
@@ -83,7 +87,7 @@ class _QuantConvTranspose(QuantLayer):
         y: Tensor = type(self).function(
             x, weight, self.bias, self.stride, self.padding, extra, self.groups, self.dilation
         )
-        return y
+        return self.quant_output(y)
 
 
 class QuantConvTranspose1d(_QuantConvTranspose, nn.ConvTranspose1d):  # type: ignore[misc]

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_quant import grid, reuse
-from lightning_quant.distributed import to_local, whole
-from lightning_quant.estimators import Bins, Estimator, FakeQuantize
+from lightning_quant import reuse
+from lightning_quant.distributed import whole
+from lightning_quant.estimators import Bins, Estimator, FakeQuantize, locate, overrides
 from lightning_quant.granularity import Granularity
+from lightning_quant.grid import Grid, reader_scale
 from lightning_quant.observers import build_observer
+from lightning_quant.ranges import build_range
 from lightning_quant.spec import TensorSpec
 
 
 class FakeQuantizer(nn.Module):
     """Computes, in float, what integer storage will compute.
 
-    A weight is handed in at every call and never kept.  Persistent state: ``scale`` (parameter or buffer,
-    real; absent when dynamic), ``zero`` (codes; asymmetric grids only), ``running`` (observed ends of a static
-    activation range, real) and what the estimator registers.
+    A weight is handed in at every call and never kept.  Persistent state: what the range registers (``scale``,
+    a parameter or buffer, real, and ``zero``, in codes, on asymmetric grids; nothing when dynamic), ``running``
+    (observed ends of a static activation range, real) and what the estimator registers.
     Scheduled scalars are 0-dim non-persistent buffers that a controller fills.
 
     Args:
@@ -48,6 +49,7 @@ class FakeQuantizer(nn.Module):
     sharpness: Tensor
     alpha: Tensor
     theta: Tensor
+    table: Tensor | None
     _place: Tensor
 
     def __init__(
@@ -68,31 +70,32 @@ class FakeQuantizer(nn.Module):
         super().__init__()
         self.spec, self.granularity, self.estimator = spec, granularity, estimator
         self.observer = build_observer(spec.observer, f"{where}: TensorSpec.observer")
+        self.range = build_range(spec.range, f"{where}: TensorSpec.range")
+        self.grid = Grid(spec.bits, bool(spec.symmetric), spec.grid, spec.scale_format, spec.narrow)
         self.is_weight = shape is not None
         self.shape = tuple(shape or ())
         self.rows = granularity.rows(self.shape) if self.is_weight else (0, 0)
         self.channels, self.channel_axis = channels, channel_axis
         self.target, self.salt = target, salt
-        self.low, self.high = grid.code_bounds(spec.bits)
+        self.low, self.high = self.grid.low, self.grid.high
         self.scale_shape = granularity.scale_shape(self.shape, where)
         self.called = False
         self.observing = False
         self.measuring = False
         self.ready = bool(spec.dynamic)
-        self.stateless = not self.is_weight and self._is_identity_backward()
         self.pending: tuple[Tensor, Tensor] | None = None
         self.measured: dict[str, Tensor] = {}
+        self.register_buffer("_place", torch.empty(0, dtype=dtype, device=device), persistent=False)
+        covered = self.observer.covers and self.grid.covers
+        self.clips = not (spec.dynamic and spec.symmetric and covered)
+        self.register_buffer("table", self.grid.table(), persistent=False)
+        if self.table is not None:
+            self.table = self.table.to(device)
+        self.stateless = not self.is_weight and self._is_identity_backward()
         if not spec.dynamic:
-            start = torch.zeros(self.scale_shape, dtype=dtype, device=device)
-            if spec.learn_scale:
-                self.scale = nn.Parameter(start)
-            else:
-                self.register_buffer("scale", start)
-            if not spec.symmetric:
-                self.register_buffer("zero", torch.zeros_like(start))
+            self.range.state(self)
             if not self.is_weight:
                 self.register_buffer("running", torch.zeros(2, dtype=dtype, device=device))
-        self.register_buffer("_place", torch.empty(0, dtype=dtype, device=device), persistent=False)
         for name, schedule in estimator.schedules().items():
             value = torch.tensor(schedule.first, dtype=torch.float32, device=device)
             self.register_buffer(name, value, persistent=False)
@@ -110,9 +113,10 @@ class FakeQuantizer(nn.Module):
 
     def _is_identity_backward(self) -> bool:
         """Whether the value depends on the input alone and the gradient passes unchanged."""
-        kind = type(self.estimator)
-        plain = kind.inputs is Estimator.inputs and kind.blend is Estimator.blend and not self.estimator.needs_bins
-        return bool(self.spec.dynamic and self.spec.symmetric and plain)
+        rule = self.estimator
+        return not (
+            self.clips or rule.needs_bins or overrides(rule, "inputs", "blend", "assign", "decode", "transform")
+        )
 
     def track_step(self) -> None:
         """Keep the optimizer step as an int64 buffer that the controller fills."""
@@ -120,82 +124,98 @@ class FakeQuantizer(nn.Module):
 
     def learned(self) -> Iterator[tuple[nn.Parameter, float | None]]:
         """Trained parameters with their learning-rate factor (None: the config's ``scale_lr``)."""
-        if isinstance(self._parameters.get("scale"), nn.Parameter):
-            yield self._parameters["scale"], None  # type: ignore[misc]
+        for parameter in self.range_parameters():
+            yield parameter, None
         for name, factor in self.estimator.learned(self).items():
             yield self._parameters[name], factor  # type: ignore[misc]
+
+    def range_parameters(self) -> list[nn.Parameter]:
+        """What is learned of the range."""
+        if self.spec.dynamic:
+            return []
+        return [p for name in self.range.initial() if (p := self._parameters.get(name)) is not None]
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantize and dequantize ``x``, keeping shape and dtype; the backward is the estimator's."""
         self.called = True
-        if self.observing:
-            self.observe(x)
-        kind = (self.spec.bits, self.granularity.kind, self.target)
+        kind = (self.grid, self.granularity, self.target)
         sharing = self.stateless and not self.measuring and reuse.allowed(x)
         if sharing and (known := reuse.find(x, kind)) is not None:
             return known
-        view, scale, zero = self.blocks(x)
-        inputs = self.estimator.inputs(self, view)
-        clips = not (self.spec.dynamic and self.spec.symmetric)
-        y: Tensor = FakeQuantize.apply(  # type: ignore[no-untyped-call]
-            view, scale, zero, (self.low, self.high), clips, self._factor(x), self.training, self.estimator, *inputs
-        )
+        mapped = self.estimator.transform(self, x)
+        if self.observing:
+            self.observe(mapped)
+        view, scale, zero, offset = self.blocks(mapped)
+        inputs = self.estimator.inputs(self, view, scale)
+        factor = 1.0 if self.spec.dynamic else self.range.factor(self, mapped)
+        interior = self.spec.dynamic or self.range.interior
+        settings = (self.table, self.grid, self.clips, factor, interior, self.training, self.estimator)
+        y: Tensor = FakeQuantize.apply(view, scale, zero, *settings, *inputs)  # type: ignore[no-untyped-call]
         if self.measuring:
             self._measure(view.detach(), scale.detach(), zero, y.detach())
+        if offset is not None:
+            y = (y + offset).to(x.dtype)
         if sharing:
             reuse.remember(x, kind, y)
         return self.granularity.unview(y, x.shape)
 
-    def blocks(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
-        """``x`` viewed as blocks, and the scale and zero point that broadcast against it."""
-        view = self.granularity.view(x)
-        scale, zero = self.scale_and_zero(x)
-        scale = self.granularity.lift(scale)
-        point: Tensor | float = grid.fixed_zero(self.spec.bits) if zero is None else self.granularity.lift(zero)
-        cut, cut_scale = self.estimator.view(self, view, scale)
-        if isinstance(point, Tensor) and cut.shape != view.shape:
-            point = self.estimator.view(self, view, point)[1]
-        return cut, cut_scale, point
+    def blocks(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | float, Tensor | None]:
+        """``x`` viewed as blocks, less the offset, and the scale, zero point and offset that broadcast to it."""
+        scale, zero, offset = self.scale_zero_offset(x)
+        view, parts = self.granularity.view(x), [self.granularity.lift(scale)]
+        parts += [self.granularity.lift(t) for t in (zero, offset) if isinstance(t, Tensor)]
+        cut = [self.estimator.view(self, view, part) for part in parts]
+        view, (scale, *rest) = cut[0][0], [part for _, part in cut]
+        if isinstance(zero, Tensor):
+            zero, *rest = rest
+        if offset is not None:
+            (offset,) = rest
+            view = view.to(torch.promote_types(x.dtype, torch.float32)) - offset
+        return view, scale, zero, offset
 
-    def scale_and_zero(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scale and zero point in force for ``x``, in ``scale_shape`` (dynamic per token: (..., 1))."""
+    def scale_zero_offset(self, x: Tensor) -> tuple[Tensor, Tensor | float, Tensor | None]:
+        """Scale, zero point and real offset in force for ``x``, in ``scale_shape`` (dynamic inputs: (..., 1))."""
         if self.spec.dynamic:
             with torch.no_grad():
-                return self._dynamic(x.detach())
-        if self.ready:
-            return self.scale, (None if self.spec.symmetric else self.zero)
-        with torch.no_grad():
-            scale, zero = self._per_sample(x.detach())
-        if "scale" in self._parameters:  # DDP wants a gradient for every parameter at every step
-            scale = scale + 0 * self.scale
-        return scale, zero
+                scale, zero = self._dynamic(x.detach())
+        elif self.ready:
+            return self.range.scale(self), self.range.zero(self), self.range.offset(self)
+        else:
+            with torch.no_grad():
+                scale, zero = self._per_sample(x.detach())
+            for parameter in self.range_parameters():  # DDP wants a gradient for each at every step
+                scale = scale + 0 * parameter
+        return scale, (self.grid.zero or 0.0) if zero is None else zero, None
 
     def _dynamic(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Ranges of the tensor itself."""
-        if self.granularity.kind == "token":
-            whole = self.target == "transformers" and x.ndim == 2
-            absmax = _absmax(x.reshape(1, -1) if whole else x)
-            if self.target == "transformers":
-                return grid.reader_scale(absmax, self.spec.bits), None
-            # vLLM's kernels keep these scales in float32 whatever the activations' dtype.
-            wide = torch.promote_types(x.dtype, torch.float32)
-            return grid.symmetric_scale(absmax.to(wide), self.spec.bits), None
-        if self.spec.symmetric and self.spec.observer == "minmax":
-            absmax = _absmax(self.granularity.flat(x))
-            return grid.symmetric_scale(absmax.reshape(self.scale_shape), self.spec.bits), None
-        return self._from_range(
-            *self.observer.range(self.granularity.flat(x), self.spec.bits, bool(self.spec.symmetric))
-        )
+        if self.is_weight:
+            rows = self.granularity.flat(x)
+            if self.spec.symmetric and self.observer.covers:
+                return self.grid.scale(_absmax(rows).reshape(self.scale_shape)), None
+            return self._from_range(*self.observer.range(rows, self.grid))
+        whole = self.target == "transformers" and x.ndim == 2 and self.granularity.kind == "token"
+        blocks = x.reshape(1, -1) if whole else self.granularity.view(x)
+        if self.observer.covers:
+            absmax = _absmax(blocks)
+        else:
+            low, high = self.observer.range(blocks.reshape(-1, blocks.shape[-1]), self.grid)
+            absmax = torch.maximum(-low, high).reshape(*blocks.shape[:-1], 1)
+        if self.target == "transformers" and self.spec.grid == "int":
+            return reader_scale(absmax, self.spec.bits), None
+        # vLLM's kernels keep these scales in float32 whatever the activations' dtype.
+        return self.grid.scale(absmax.to(torch.promote_types(x.dtype, torch.float32))), None
 
     def _per_sample(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Static ranges that no data has set yet: each sample's own, however a batch is cut."""
         rows = x.reshape(len(x), -1) if x.numel() else x.new_zeros(len(x), 1)
-        scale, zero = grid.scale_and_zero(rows.amin(dim=1), rows.amax(dim=1), self.spec.bits, bool(self.spec.symmetric))
+        own = Grid(self.spec.bits, False) if self.range.affine else self.grid
+        scale, zero = own.scale_and_zero(rows.amin(dim=1), rows.amax(dim=1))
         shape = (len(x), *(1,) * (x.ndim - 1))
         return scale.reshape(shape), None if zero is None else zero.reshape(shape)
 
     def _from_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
-        scale, zero = grid.scale_and_zero(low, high, self.spec.bits, bool(self.spec.symmetric))
+        scale, zero = self.grid.scale_and_zero(low, high)
         return (
             scale.reshape(self.scale_shape).to(self.dtype),
             None if zero is None else zero.reshape(self.scale_shape).to(self.dtype),
@@ -204,18 +224,15 @@ class FakeQuantizer(nn.Module):
     @torch.no_grad()
     def set_range(self, low: Tensor, high: Tensor) -> None:
         """Fix the grid to cover [low, high], each (number of scales,), real."""
-        scale, zero = self._from_range(low, high)
-        self.scale.data.copy_(scale)
-        if zero is not None:
-            self.zero.copy_(zero)
+        self.range.set(self, low, high)
         self.ready = True
 
     @torch.no_grad()
     def fit_range(self, x: Tensor) -> None:
         """Fix the grid to what the observer wants for ``x``."""
         if not self.spec.dynamic:
-            rows = self.granularity.flat(x.detach()).float()
-            self.set_range(*self.observer.range(rows, self.spec.bits, bool(self.spec.symmetric)))
+            rows = self.granularity.flat(self.estimator.transform(self, x.detach())).float()
+            self.set_range(*self.observer.range(rows, self.grid))
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
@@ -223,7 +240,7 @@ class FakeQuantizer(nn.Module):
         if x.numel() == 0:  # an expert that got no token
             return
         rows = self.granularity.flat(x.detach()).float()
-        low, high = self.observer.range(rows, self.spec.bits, bool(self.spec.symmetric))
+        low, high = self.observer.range(rows, self.grid)
         if self.pending is not None:
             low, high = torch.minimum(self.pending[0], low), torch.maximum(self.pending[1], high)
         self.pending = (low, high)
@@ -241,46 +258,68 @@ class FakeQuantizer(nn.Module):
         self.set_range(low, high)
 
     @torch.no_grad()
-    def stored(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What an export stores: codes (int8, the weight's shape), scale and zero point (``scale_shape``).
+    def stored(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | float, Tensor | None]:
+        """What an export stores: codes (the weight's shape), scale, zero point and offset (``scale_shape``).
 
-        Sharded weights and scales are gathered first, which is a collective.
+        Codes are int8, on a codebook int16 places.  Sharded weights and scales are gathered first, which is a
+        collective.
         """
-        x = whole(weight.detach())
-        if self.spec.dynamic:
-            scale, zero = self._dynamic(x)
-        else:
-            scale, zero = whole(self.scale.detach()), None if self.spec.symmetric else whole(self.zero)
-        point = grid.fixed_zero(self.spec.bits) if zero is None else self.granularity.lift(zero)
-        view = self.granularity.view(x).to(torch.promote_types(x.dtype, torch.float32))
-        code = grid.encode(view, self.granularity.lift(scale), point, self.low, self.high)
-        return self.granularity.unview(code, x.shape).to(torch.int8), scale, zero
+        code, _, scale, zero, offset = self._encode(weight)
+        kind = torch.int8 if self.table is None else torch.int16
+        return self.granularity.unview(code, weight.shape).to(kind), scale, zero, offset
+
+    def _encode(self, weight: Tensor) -> tuple[Tensor, tuple[Tensor, ...], Tensor, Tensor | float, Tensor | None]:
+        """Codes in blocks, the estimator's tensors, and the range in ``scale_shape``."""
+        x = self.estimator.transform(self, whole(weight.detach()))
+        scale, zero, offset = self.scale_zero_offset(x)
+        scale = whole(scale.detach())
+        zero = whole(zero) if isinstance(zero, Tensor) else zero
+        offset = None if offset is None else whole(offset.detach())
+        view, lifted = self.granularity.view(x), self.granularity.lift(scale)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if offset is not None:
+            view = view.to(wide) - self.granularity.lift(offset)
+        u = torch.div(view.to(wide), lifted)
+        if isinstance(zero, Tensor) or zero:
+            u = u.add_(self.granularity.lift(zero) if isinstance(zero, Tensor) else zero)
+        if self.table is not None:
+            return self.grid.nearest(u, self.table), (), scale, zero, offset
+        own = overrides(self.estimator, "assign", "decode")
+        inputs = self.estimator.inputs(self, view, lifted) if own else ()
+        return self.estimator.assign(u, self.grid, inputs, False), inputs, scale, zero, offset
 
     @torch.no_grad()
     def on_grid(self, weight: Tensor) -> Tensor:
         """The weight as evaluation computes with it, in its own dtype; sharded ones are gathered."""
-        code, scale, zero = self.stored(weight)
-        point = grid.fixed_zero(self.spec.bits) if zero is None else self.granularity.lift(zero)
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        y = grid.decode(self.granularity.view(code).to(wide), self.granularity.lift(scale), point)
+        code, inputs, scale, zero, offset = self._encode(weight)
+        level = (
+            self.grid.dequantize(code, self.table) if self.table is not None else self.estimator.decode(code, inputs)
+        )
+        if isinstance(zero, Tensor):
+            level = level - self.granularity.lift(zero)
+        elif zero:
+            level = level - zero
+        y = level * self.granularity.lift(scale)
+        if offset is not None:
+            y = y + self.granularity.lift(offset)
         return self.granularity.unview(y, weight.shape).to(weight.dtype)
 
-    def bins(self, view: Tensor, scale: Tensor, zero: Tensor | float) -> Bins:
+    def bins(self, view: Tensor, scale: Tensor, zero: Tensor | float, inputs: tuple[Tensor, ...]) -> Bins:
         """Position of blocked inputs on the grid."""
         u = torch.div(view.to(torch.promote_types(view.dtype, torch.float32)), scale)
         if isinstance(zero, Tensor) or zero:
             u = u.add_(zero)
-        u = u.clamp_(self.low, self.high)
-        return Bins(u, u.round(), self.low, self.high, scale)
+        return locate(u, scale, self.table, self.grid, self.estimator, inputs, self.training)
+
+    def per_channel(self, values: Tensor, x: Tensor) -> Tensor:
+        """Values of shape (channels,) reshaped to broadcast against the blocks of an activation."""
+        if self.granularity.kind == "group":
+            return values.reshape(-1, self.granularity.group_size)
+        return values.reshape(-1, *(1,) * (x.ndim - 1 - self.channel_axis % x.ndim))
 
     def pull_factor(self, x: Tensor) -> Tensor:
         """2 lam(t), divided by the number of elements for activations (their term is a mean)."""
         return self.lam * (2.0 if self.is_weight else 2.0 / max(x.numel(), 1))
-
-    def _factor(self, x: Tensor) -> float:
-        """LSQ's 1 / sqrt(N * high): N elements per weight scale, features of one sample for activations."""
-        n = math.prod(self.shape) // math.prod(self.scale_shape) if self.is_weight else math.prod(x.shape[1:])
-        return 1 / math.sqrt(max(n, 1) * max(self.high, 1))
 
     @torch.no_grad()
     def _measure(self, x: Tensor, scale: Tensor, zero: Tensor | float, y: Tensor) -> None:
@@ -291,12 +330,13 @@ class FakeQuantizer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if not self.spec.dynamic and not self.scale.is_meta:
-            self.ready = bool((to_local(self.scale) > 0).all())
+        if not self.spec.dynamic and not self._place.is_meta:
+            self.ready = self.range.ready(self)
 
     def extra_repr(self) -> str:
         """One line: grid, granularity and method."""
         sign = "" if self.spec.symmetric else ", asymmetric"
+        sign += "" if self.spec.grid == "int" else f", {self.spec.grid}"
         size = f"({self.spec.group_size})" if self.spec.group_size else ""
         kind = "dynamic" if self.spec.dynamic else "learned" if self.spec.learn_scale else "fixed"
         return (

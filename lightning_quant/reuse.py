@@ -12,7 +12,7 @@ import weakref
 import torch
 from torch import Tensor
 
-Kind = tuple[float, str, str]
+Kind = tuple[object, ...]
 
 _last: tuple[weakref.ref[Tensor], int, Kind, weakref.ref[Tensor], int] | None = None
 

@@ -24,8 +24,19 @@ GRANULARITIES = ("auto", "tensor", "channel", "group", "token")
 TARGETS = ("vllm", "transformers")
 COVERAGE = ("error", "warn", "off")
 DEFAULT_GROUP = 128
-GRAMMAR = "w{1|1.58|2..8|16}[a{1..8|16}][-g{n}|-channel|-tensor][-asym][-static|-dynamic|-token]"
-PRESETS = ("w4a16", "w8a16", "w8a8", "w4a8")
+GRAMMAR = (
+    "w{1|1.58|2..8|16}[a{1..8|16}][-g{n}|-channel|-tensor][-asym][-static|-dynamic|-token] or "
+    "{fp8|mxfp4|mxfp8|nvfp4}[a16] or nf4[-g{n}]"
+)
+FLOATS: dict[str, dict[str, Any]] = {
+    "nf4": {"bits": 4, "grid": "nf4"},
+    "fp8": {"bits": 8, "grid": "e4m3"},
+    "mxfp4": {"bits": 4, "grid": "e2m1", "scale_format": "e8m0", "granularity": "group", "group_size": 32},
+    "mxfp8": {"bits": 8, "grid": "e4m3", "scale_format": "e8m0", "granularity": "group", "group_size": 32},
+    "nvfp4": {"bits": 4, "grid": "e2m1", "scale_format": "e4m3", "granularity": "group", "group_size": 16},
+}
+PRESETS = ("w4a16", "w8a16", "w8a8", "w4a8", *FLOATS)
+SPEC_KEYS = ("learn_scale", "range", "grid", "observer", "scale_format", "narrow")
 INHERIT = "inherit"
 
 
@@ -54,7 +65,13 @@ class TensorSpec:
         group_size: Elements that share one scale along a row; only with ``group``.
         dynamic: Range taken from the tensor itself at every call; ``None``: decided at attach.
         observer: How a range is read off data when it is not dynamic (a name of ``OBSERVERS``).
-        learn_scale: The scale is a parameter; ``None``: as the method prefers.
+        learn_scale: The range is learned; ``None``: as the method prefers.
+        grid: What codes stand for: ``int``, ``midrise`` (no level at 0) or a name of ``CODEBOOKS``; ``auto``:
+            as the method prefers, else ``int``.
+        range: How a static range is held and learned (a name of ``RANGES``); ``auto``: as the method prefers,
+            else ``scale``.
+        scale_format: Format that scales are rounded to (a name of ``SCALE_FORMATS``).
+        narrow: Leave out the most negative code of a symmetric integer grid.
     """
 
     bits: float = 8
@@ -64,6 +81,10 @@ class TensorSpec:
     dynamic: bool | None = None
     observer: str | None = None
     learn_scale: bool | None = None
+    grid: str = "auto"
+    range: str = "auto"
+    scale_format: str = "float"
+    narrow: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in WEIGHT_BITS:
@@ -197,8 +218,9 @@ class QuantConfig:
     ) -> QuantConfig:
         """Build a config from a method's name and a scheme string.
 
-        Keywords that are fields of this class or of ``TensorSpec`` for weights (``learn_scale``) go
-        there; all others are the method's own options.
+        Keywords that are fields of this class go there; ``learn_scale``, ``range``, ``grid``, ``observer``,
+        ``scale_format`` and ``narrow`` go to the specs of weights and activations alike; all others are the
+        method's own options.
 
         >>> QuantConfig.parse("lsq", "w4a16-g32").weight.group_size
         32
@@ -206,10 +228,8 @@ class QuantConfig:
         weight, activation = parse_scheme(scheme)
         own = {f.name for f in fields(QuantConfig)} - {"method", "weight", "activation", "rules", "options"}
         settings = {k: options.pop(k) for k in list(options) if k in own}
-        if "learn_scale" in options:
-            learned = options.pop("learn_scale")
-            weight = weight and replace(weight, learn_scale=learned)
-            activation = activation and replace(activation, learn_scale=learned)
+        shared = {k: options.pop(k) for k in SPEC_KEYS if k in options}
+        weight, activation = weight and replace(weight, **shared), activation and replace(activation, **shared)
         return QuantConfig(
             method=method, weight=weight, activation=activation, rules=tuple(rules), options=options, **settings
         )
@@ -282,11 +302,9 @@ def parse_scheme(text: str) -> tuple[TensorSpec | None, TensorSpec | None]:
         )
 
     head, *flags = str(text).strip().lower().split("-")
-    match = _HEAD.fullmatch(head)
-    if match is None:
+    weight, activation = _head(head)
+    if weight is None or activation is None:
         raise refuse(head)
-    weight: dict[str, Any] = {"bits": float(match[1]) if "." in match[1] else int(match[1]), "symmetric": True}
-    activation: dict[str, Any] = {"bits": int(match[2] or 16)}
     for flag in flags:
         if weight["bits"] == 16:
             raise refuse(flag)
@@ -294,9 +312,13 @@ def parse_scheme(text: str) -> tuple[TensorSpec | None, TensorSpec | None]:
             weight.update(granularity="group", group_size=int(flag[1:]))
         elif flag in ("channel", "tensor") and "granularity" not in weight:
             weight["granularity"] = flag
-        elif flag == "asym" and weight["symmetric"]:
+        elif flag == "asym" and weight["symmetric"] and "grid" not in weight:
             weight["symmetric"] = False
-        elif flag in ("static", "dynamic", "token") and "dynamic" not in activation and activation["bits"] != 16:
+        elif (
+            flag in ("static", "dynamic", "token")
+            and not {"dynamic", "granularity"} & {*activation}
+            and activation["bits"] != 16
+        ):
             activation["dynamic"] = flag != "static"
             activation["granularity"] = "tensor" if flag == "static" else "token"
         else:
@@ -307,56 +329,17 @@ def parse_scheme(text: str) -> tuple[TensorSpec | None, TensorSpec | None]:
     )
 
 
-def resolve_weight(spec: TensorSpec, convolutional: bool, learns: bool) -> TensorSpec:
-    """Fill in what a weight spec left open.
-
-    Args:
-        spec: The weights' spec, perhaps with ``auto`` and None.
-        convolutional: Whether the model holds convolutions.
-        learns: Whether the method prefers a learned scale.
-
-    Returns:
-        A spec without open fields.  8-bit scales follow the weights at every step (absmax); below 8 bits
-        they start from the least squared error and are then learned or kept.
-    """
-    granularity, size = spec.granularity, spec.group_size
-    if granularity == "auto":
-        granularity = "channel" if spec.bits == 8 or convolutional else "group"
-        size = DEFAULT_GROUP if granularity == "group" else None
-    if granularity == "token":
-        raise ValueError(
-            explain("TensorSpec.granularity", "tensor, channel or group for weights", "token", "Use 'channel'.")
-        )
-    dynamic = spec.dynamic
-    if dynamic is None:
-        dynamic = spec.bits == 8 and not spec.learn_scale and spec.observer is None
-    learned = False if dynamic else learns if spec.learn_scale is None else spec.learn_scale
-    observer = spec.observer or ("minmax" if dynamic else "mse")
-    return TensorSpec(spec.bits, spec.symmetric is not False, granularity, size, dynamic, observer, learned)
-
-
-def resolve_activation(spec: TensorSpec, convolutional: bool, learns: bool) -> TensorSpec:
-    """Fill in what an activation spec left open: see ``TensorSpec`` for the defaults."""
-    dynamic = (not convolutional) if spec.dynamic is None else spec.dynamic
-    granularity = spec.granularity
-    if granularity == "auto":
-        granularity = "token" if dynamic else "tensor"
-    if granularity not in ("token", "tensor") or (granularity == "token") != dynamic:
-        raise ValueError(
-            explain(
-                "TensorSpec for activations",
-                "granularity 'token' with dynamic=True or 'tensor' with dynamic=False",
-                f"{granularity!r} with dynamic={dynamic}",
-                "Use -dynamic or -static in the scheme.",
-            )
-        )
-    symmetric = spec.symmetric if spec.symmetric is not None else dynamic or not convolutional
-    if dynamic and not symmetric:
-        raise ValueError(
-            explain("TensorSpec for activations", "symmetric=True when dynamic", "symmetric=False", "Use -static.")
-        )
-    learned = False if dynamic else bool(learns if spec.learn_scale is None else spec.learn_scale)
-    return TensorSpec(spec.bits, symmetric, granularity, None, dynamic, spec.observer or "ema", learned)
+def _head(head: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Fields of both specs that the first part of a scheme sets; None if it is not one."""
+    name = head.removesuffix("a16")
+    if name in FLOATS and not (name == "nf4" and head != name):
+        weight = {"symmetric": True, **FLOATS[name]}
+        return weight, ({"bits": 16} if name == "nf4" or head != name else dict(weight))
+    match = _HEAD.fullmatch(head)
+    if match is None:
+        return None, None
+    bits = float(match[1]) if "." in match[1] else int(match[1])
+    return {"bits": bits, "symmetric": True}, {"bits": int(match[2] or 16)}
 
 
 def _known(data: Mapping[str, Any], kind: type, where: str) -> None:

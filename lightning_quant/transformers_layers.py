@@ -21,7 +21,7 @@ class QuantConv1D(QuantLayer, Conv1D):  # type: ignore[misc]
         size_out = (*x.size()[:-1], self.nf)
         x = self.quant_input(x)
         y = torch.addmm(self.bias, x.reshape(-1, x.size(-1)), self.quant_weight())
-        return y.view(size_out)
+        return self.quant_output(y.view(size_out))
 
 
 TRANSFORMERS_LAYERS: dict[type[nn.Module], type[QuantLayer]] = {Conv1D: QuantConv1D}

@@ -19,10 +19,10 @@ PACKAGES = ("lightning_quant", "hf_integration")
 LAYERS = (
     ("errors", "version", "schedule", "distributed", "noise", "progress", "reuse"),
     ("spec",),
-    ("granularity",),
+    ("granularity", "codebooks", "scales"),
     ("grid",),
-    ("estimators", "observers"),
-    ("quantizer",),
+    ("estimators", "observers", "ranges"),
+    ("resolve", "quantizer"),
     ("layers", "transformers_layers"),
     ("attach",),
     ("calibration", "optim"),

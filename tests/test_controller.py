@@ -17,6 +17,7 @@ from lightning_quant.errors import CoverageError
 from lightning_quant.schedule import Schedule
 from lightning_quant.spec import LayerRule, QuantConfig
 from tests import oracle
+from tests.oracle.pege import surrogate
 
 RAMP = {"curve": "cosine", "start": 0.0, "end": 0.5, "delay": 0.2}
 
@@ -334,7 +335,7 @@ def test_uint8_theta_takes_the_stated_step():
     controller.on_step(3)
     controller.before_optimizer_step()
     x, g, s = (t.detach().double().numpy() for t in (layer.weight, layer.weight.grad, q.scale))
-    _, slope, gap = oracle.surrogate(x, s, 0.0, -8, 7, before / 255, 4.0)
+    _, slope, gap = surrogate(x, s, 0.0, -8, 7, before / 255, 4.0)
     g_b = g / slope * gap * s
     moved = before - 255 * 0.02 * g_b / np.sqrt(np.mean(g_b**2))
     want = np.clip(np.floor(moved + oracle.uniform(x.shape, 3, q.salt)), 0, 255)
@@ -365,7 +366,7 @@ def test_uint8_theta_rounding_is_unbiased():
         controller.before_optimizer_step()
         drift = drift + (q.theta.double() - 128) / 300
     x, g, s = (t.detach().double().numpy() for t in (layer.weight, layer.weight.grad, q.scale))
-    _, slope, gap = oracle.surrogate(x, s, 0.0, -8, 7, 128 / 255, 4.0)
+    _, slope, gap = surrogate(x, s, 0.0, -8, 7, 128 / 255, 4.0)
     g_b = g / slope * gap * s
     want = -255 * 0.02 * g_b / np.sqrt(np.mean(g_b**2))
     assert np.abs(drift.numpy() - want).max() < 0.5 / np.sqrt(300) * 5

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import tensor
 
+from lightning_quant.grid import Grid
 from lightning_quant.observers import OBSERVERS, build_observer
 from lightning_quant.observers.ema import Ema
 from lightning_quant.observers.minmax import MinMax
@@ -22,7 +23,7 @@ def test_contract(name, symmetric):
     """One (low, high) per row, ordered, inside the data, untouched input; zeros and single elements work."""
     for rows in (ROWS, torch.zeros(2, 5), torch.randn(4, 1), torch.randn(3, 64)):
         before = rows.clone()
-        low, high = OBSERVERS[name]().range(rows, 4, symmetric)
+        low, high = OBSERVERS[name]().range(rows, Grid(4, symmetric))
         assert low.shape == high.shape == (len(rows),)
         assert (low <= high).all()
         assert torch.equal(rows, before)
@@ -31,7 +32,7 @@ def test_contract(name, symmetric):
 
 
 def test_minmax():
-    low, high = MinMax().range(ROWS, 8, True)
+    low, high = MinMax().range(ROWS, Grid(8))
     assert low.tolist() == [-3, 0, 1]
     assert high.tolist() == [2, 0, 4]
     merged = MinMax().merge((low, high), (low + 1, high + 1))
@@ -51,7 +52,7 @@ def test_ema_is_a_recursive_average():
 
 
 def test_ema_range_is_the_batch_range():
-    assert [end.tolist() for end in Ema().range(ROWS, 8, True)] == [[-3, 0, 1], [2, 0, 4]]
+    assert [end.tolist() for end in Ema().range(ROWS, Grid(8))] == [[-3, 0, 1], [2, 0, 4]]
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0])
@@ -66,7 +67,7 @@ def test_mse_finds_the_best_factor(bits, symmetric):
     """No factor of the search grid has a smaller error than the one found."""
     rows = torch.randn(5, 200, generator=torch.Generator().manual_seed(3)) ** 3
     observer = Mse()
-    low, high = observer.range(rows, bits, symmetric)
+    low, high = observer.range(rows, Grid(bits, symmetric))
     factors = np.linspace(1, observer.smallest, observer.candidates)
     for i, row in enumerate(rows.double().numpy()):
         found = high[i].item() / row.max()
@@ -81,7 +82,7 @@ def test_mse_finds_the_best_factor(bits, symmetric):
 
 def test_mse_of_a_row_already_on_a_grid_keeps_the_range():
     row = torch.arange(-7.0, 8.0)[None]
-    assert [end.item() for end in Mse().range(row, 4, True)] == [-7, 7]
+    assert [end.item() for end in Mse().range(row, Grid(4))] == [-7, 7]
 
 
 @pytest.mark.parametrize("settings", [{"candidates": 0}, {"smallest": 0.0}, {"smallest": 1.5}])

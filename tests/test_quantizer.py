@@ -19,14 +19,15 @@ def weight_quantizer(
     kind="channel", *, bits=4, symmetric=True, dynamic=False, learn=False, shape=(4, 8), axis=0, **more
 ):
     size = 4 if kind == "group" else None
-    spec = TensorSpec(bits, symmetric, kind, size, dynamic, "minmax" if dynamic else "mse", learn)
+    observer = "minmax" if dynamic else "mse"
+    spec = TensorSpec(bits, symmetric, kind, size, dynamic, observer, learn, grid="int", range="scale")
     rule = build_estimator(more.pop("method", "ste"))
     return FakeQuantizer(spec, Granularity(kind, axis, size or 0), rule, shape=shape, **more)
 
 
 def input_quantizer(*, dynamic=False, symmetric=True, bits=8, learn=False, method="ste", **more):
     kind = "token" if dynamic else "tensor"
-    spec = TensorSpec(bits, symmetric, kind, None, dynamic, "ema", learn)
+    spec = TensorSpec(bits, symmetric, kind, None, dynamic, "ema", learn, grid="int", range="scale")
     return FakeQuantizer(spec, Granularity(kind, None), build_estimator(method), channels=8, **more)
 
 
@@ -205,13 +206,15 @@ def test_stored_codes_and_scales_rebuild_the_forward(kind, bits, axis, dtype, dy
     q = weight_quantizer(kind, bits=bits, dynamic=dynamic, symmetric=symmetric, axis=axis, dtype=dtype).eval()
     weight = torch.randn(4, 8).to(dtype)
     q.fit_range(weight)
-    code, scale, zero = q.stored(weight)
+    code, scale, zero, offset = q.stored(weight)
+    assert offset is None
     assert code.dtype == torch.int8
     assert code.shape == weight.shape
     assert code.min() >= q.low
     assert code.max() <= q.high
     assert scale.shape == q.scale_shape
-    point = (-0.5 if bits == 1 else 0.0) if zero is None else q.granularity.lift(zero).float()
+    assert isinstance(zero, float) == symmetric
+    point = q.granularity.lift(zero).float() if isinstance(zero, torch.Tensor) else -0.5 if bits == 1 else 0.0
     rebuilt = (q.granularity.view(code).float() - point) * q.granularity.lift(scale).float()
     rebuilt = q.granularity.unview(rebuilt, weight.shape).to(dtype)
     assert torch.equal(rebuilt, q(weight))
@@ -245,7 +248,7 @@ def test_noise_repeats_within_a_step_and_changes_with_it():
 
 
 def test_unknown_observer_names_the_tensor():
-    spec = TensorSpec(4, True, "channel", None, False, "msee", False)
+    spec = TensorSpec(4, True, "channel", None, False, "msee", False, grid="int", range="scale")
     with pytest.raises(ValueError, match=r"fc.weight: TensorSpec.observer: .*got 'msee'. Did you mean observer 'mse'"):
         FakeQuantizer(spec, Granularity("channel"), build_estimator("ste"), shape=(2, 2), where="fc.weight")
 

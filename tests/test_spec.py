@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from lightning_quant.spec import (
+    FLOATS,
     GRAMMAR,
     PRESETS,
     WEIGHT_BITS,
@@ -16,20 +17,36 @@ from lightning_quant.spec import (
     QuantConfig,
     TensorSpec,
     parse_scheme,
-    resolve_activation,
-    resolve_weight,
 )
 
 # --- grammar ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [p for p in PRESETS if p not in FLOATS])
 def test_presets_in_any_case(preset):
     weight, activation = parse_scheme(preset)
     assert parse_scheme(preset.upper()) == parse_scheme(f" {preset.capitalize()} ") == (weight, activation)
     w, a = re.fullmatch(r"w(\d+)a(\d+)", preset).groups()
     assert weight == TensorSpec(bits=int(w), symmetric=True)
     assert activation == (None if a == "16" else TensorSpec(bits=int(a)))
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_float_presets(name):
+    weight, activation = parse_scheme(name.upper())
+    assert weight == TensorSpec(symmetric=True, **FLOATS[name])
+    if name == "nf4":
+        assert activation is None
+        assert parse_scheme("nf4-g64")[0].group_size == 64
+    else:
+        assert activation == weight
+        assert parse_scheme(f"{name}a16") == (weight, None)
+
+
+@pytest.mark.parametrize("text", ["nf4a16", "nvfp4-g32", "fp8-asym", "mxfp4-static", "fp4", "nf4-static"])
+def test_float_presets_refuse(text):
+    with pytest.raises(ValueError, match=r"expected the form .* got the part"):
+        parse_scheme(text)
 
 
 @pytest.mark.parametrize("bits", WEIGHT_BITS)
@@ -114,63 +131,6 @@ def test_tensor_spec_parse():
     for text in ("w4a8", "w16"):
         with pytest.raises(ValueError, match="a weight scheme such as 'w4-g32', got"):
             TensorSpec.parse(text)
-
-
-# --- what is left open is decided by the model ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("scheme", "convolutional", "learns", "expected"),
-    [
-        ("w8", False, True, TensorSpec(8, True, "channel", None, True, "minmax", False)),
-        ("w8", True, False, TensorSpec(8, True, "channel", None, True, "minmax", False)),
-        ("w4", False, False, TensorSpec(4, True, "group", 128, False, "mse", False)),
-        ("w4", False, True, TensorSpec(4, True, "group", 128, False, "mse", True)),
-        ("w4", True, True, TensorSpec(4, True, "channel", None, False, "mse", True)),
-        ("w4-tensor-asym", False, True, TensorSpec(4, False, "tensor", None, False, "mse", True)),
-        ("w8-g32", False, True, TensorSpec(8, True, "group", 32, True, "minmax", False)),
-    ],
-)
-def test_resolve_weight(scheme, convolutional, learns, expected):
-    assert resolve_weight(TensorSpec.parse(scheme), convolutional, learns) == expected
-
-
-def test_resolve_weight_keeps_explicit_choices():
-    spec = resolve_weight(TensorSpec(8, learn_scale=True), False, False)
-    assert (spec.dynamic, spec.learn_scale, spec.observer) == (False, True, "mse")
-    spec = resolve_weight(TensorSpec(4, learn_scale=False), False, True)
-    assert spec.learn_scale is False
-    spec = resolve_weight(TensorSpec(8, observer="minmax"), False, False)
-    assert (spec.dynamic, spec.observer) == (False, "minmax")
-    with pytest.raises(ValueError, match="tensor, channel or group for weights, got token"):
-        resolve_weight(TensorSpec(4, granularity="token"), False, False)
-
-
-@pytest.mark.parametrize(
-    ("scheme", "convolutional", "learns", "expected"),
-    [
-        ("w8a8", False, True, TensorSpec(8, True, "token", None, True, "ema", False)),
-        ("w8a8", True, True, TensorSpec(8, False, "tensor", None, False, "ema", True)),
-        ("w8a8-static", False, False, TensorSpec(8, True, "tensor", None, False, "ema", False)),
-        ("w8a8-dynamic", True, True, TensorSpec(8, True, "token", None, True, "ema", False)),
-    ],
-)
-def test_resolve_activation(scheme, convolutional, learns, expected):
-    assert resolve_activation(parse_scheme(scheme)[1], convolutional, learns) == expected
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        (TensorSpec(8, dynamic=False, granularity="token"), "'token' with dynamic=False"),
-        (TensorSpec(8, dynamic=True, granularity="tensor"), "'tensor' with dynamic=True"),
-        (TensorSpec(8, granularity="channel"), "granularity 'token' with dynamic=True or 'tensor'"),
-        (TensorSpec(8, symmetric=False, dynamic=True), "symmetric=True when dynamic, got symmetric=False"),
-    ],
-)
-def test_resolve_activation_refusals(spec, message):
-    with pytest.raises(ValueError, match=message):
-        resolve_activation(spec, False, False)
 
 
 # --- rules ----------------------------------------------------------------------------------------------------------

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 from lightning_quant.errors import unknown
-from lightning_quant.estimators.base import Bins, Estimator, FakeQuantize, Gradient
+from lightning_quant.estimators.base import (
+    About,
+    Bins,
+    Estimator,
+    FakeQuantize,
+    Gradient,
+    demand,
+    locate,
+    option_names,
+    overrides,
+)
 from lightning_quant.estimators.dsq import Dsq
 from lightning_quant.estimators.ewgs import Ewgs
 from lightning_quant.estimators.lsq import Lsq
@@ -35,11 +44,23 @@ def build_estimator(method: str | Estimator, options: dict[str, Any] | None = No
     if method not in ESTIMATORS:
         raise ValueError(unknown("method", method, ESTIMATORS, "QuantConfig.method"))
     kind = ESTIMATORS[method]
-    known = [f.name for f in fields(kind) if f.init]
+    known = option_names(kind)
     for name in options or {}:
         if name not in known:
             raise ValueError(unknown("option", name, known or ["(none)"], f"options of method {method!r}"))
     return kind(**(options or {}))
 
 
-__all__ = ["ESTIMATORS", "Bins", "Estimator", "FakeQuantize", "Gradient", "build_estimator"]
+__all__ = [
+    "ESTIMATORS",
+    "About",
+    "Bins",
+    "Estimator",
+    "FakeQuantize",
+    "Gradient",
+    "build_estimator",
+    "demand",
+    "locate",
+    "option_names",
+    "overrides",
+]

@@ -1,23 +1,27 @@
-"""The contract every gradient estimator fulfils, and the one autograd function they all run in.
+"""The contract every method fulfils, and the one autograd function they all run in.
 
     y   = Q(x)                              hard forward
     g_x = rule(g, u, ...) inside the range, 0 outside
     g_s = factor * sum( g * (code - zero) - rule_task(g, u, ...) * (u - zero) )
 
 with u = x / scale + zero in code units.  The last line is the chain rule through y = s * (Q(u) - z) with
-the estimator's dQ/du; for the straight-through estimator it is LSQ's gradient of the step size.
+the estimator's dQ/du; for the straight-through estimator it is LSQ's gradient of the step size.  On a codebook
+``code`` and ``u`` there are the levels and the input in units of the scale.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_quant.errors import explain
+from lightning_quant.grid import Grid, beyond
 from lightning_quant.schedule import Schedule
+from lightning_quant.spec import TensorSpec
 
 if TYPE_CHECKING:
     from typing import Self
@@ -32,22 +36,25 @@ class Gradient(NamedTuple):
         x: dL/du times 1/scale, i.e. the gradient of the input before the range's mask; real units.
         task: The part of ``x`` that comes from the task loss (feeds the scale's gradient).
         state: One gradient (or None) per tensor of ``Estimator.inputs``.
+        soft: What stands for the code in the scale's gradient, as a place like ``Bins.u``; None: the code.
     """
 
     x: Tensor
     task: Tensor
     state: tuple[Tensor | None, ...]
+    soft: Tensor | None = None
 
 
 class Bins(NamedTuple):
     """Where inputs lie between grid levels, all in code units.
 
     Attributes:
-        u: Input clamped to [low, high].
-        code: Nearest code.
+        u: Input clamped to [low, high]; on a codebook its place, interpolated between levels.
+        code: The code it got.
         low: Lowest code.
         high: Highest code.
-        scale: Real size of a code, broadcastable.
+        scale: Real distance of neighbouring levels, broadcastable.
+        raw: The input before clamping, in units of the scale and zero point included.
     """
 
     u: Tensor
@@ -55,6 +62,7 @@ class Bins(NamedTuple):
     low: int
     high: int
     scale: Tensor
+    raw: Tensor
 
     def error(self) -> Tensor:
         """Distance to the nearest code, u - code, in [-1/2, 1/2]."""
@@ -65,11 +73,49 @@ class Bins(NamedTuple):
         return error - torch.copysign(error.new_full((), 0.5), error)
 
 
+class About(NamedTuple):
+    """What the table of methods says.
+
+    Attributes:
+        paper: Authors and year.
+        link: arXiv number or another address; empty for what is ours.
+        bits: Widths it makes sense for.
+        learned: What is trained beside the weights.
+    """
+
+    paper: str
+    link: str
+    bits: str
+    learned: str
+
+
 @dataclass(frozen=True)
 class Estimator:
-    """A gradient idea: hyper-parameters as fields, formulas as methods, state held by the quantizer."""
+    """A method: hyper-parameters as fields, formulas as methods, state held by the quantizer.
 
+    Class attributes: ``about``, its line in the table of methods; ``learns_scale``, whether ranges are learned
+    unless the user says otherwise.
+    """
+
+    about: ClassVar[About] = About("", "", "1-8", "nothing")
     learns_scale: ClassVar[bool] = False
+
+    @property
+    def holds_elements(self) -> bool:
+        """Whether it keeps state per weight element that no optimizer shards, which sharded weights rule out."""
+        return False
+
+    def role(self, is_weight: bool) -> Estimator:
+        """The estimator of weights, or of layer inputs, where a method treats them differently."""
+        return self
+
+    def prefer(self, spec: TensorSpec, is_weight: bool, where: str) -> TensorSpec:
+        """The spec with what this method decides filled in: see ``demand``.
+
+        Raises:
+            ValueError: The user asked for something the method excludes.
+        """
+        return spec
 
     def schedules(self) -> Mapping[str, Schedule]:
         """Scheduled scalars by name; each becomes a 0-dim buffer of the quantizer."""
@@ -86,9 +132,35 @@ class Estimator:
         """Names of the quantizer's parameters this estimator learns, with their learning-rate factor."""
         return {}
 
-    def inputs(self, quantizer: FakeQuantizer, x: Tensor) -> tuple[Tensor, ...]:
-        """Tensors the rule reads, in its own order; the ones that need gradients get them."""
+    def transform(self, quantizer: FakeQuantizer, x: Tensor) -> Tensor:
+        """Map the tensor before the grid, differentiably; ``x`` itself without one."""
+        return x
+
+    def inputs(self, quantizer: FakeQuantizer, x: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        """Tensors the rule reads, in its own order; the ones that need gradients get them.
+
+        Args:
+            quantizer: Holds the state.
+            x: Input as ``view`` shaped it, after any offset.
+            scale: Scale, broadcastable.
+        """
         return ()
+
+    def assign(self, u: Tensor, grid: Grid, inputs: tuple[Tensor, ...], training: bool) -> Tensor:
+        """Codes of ``u`` on a uniform grid; may work in place.  Codebooks take the nearest level."""
+        return u.round_().clamp_(grid.low, grid.high)
+
+    def decode(self, code: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+        """Levels of codes on a uniform grid, in units of the scale and before the zero point; default: the codes."""
+        return code
+
+    def edges(self, grid: Grid) -> tuple[float, float] | None:
+        """Ends of the range in which gradients pass, in units of the scale; None: the outermost levels."""
+        return None
+
+    def output(self, quantizer: FakeQuantizer, y: Tensor) -> Tensor:
+        """The layer's output, for methods that quantize the gradient that comes back through it."""
+        return y
 
     def view(self, quantizer: FakeQuantizer, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Input and scale reshaped to blocks that the estimator's own state is shared over."""
@@ -111,8 +183,8 @@ class Estimator:
         """The loss term whose closed-form gradient ``gradient`` holds, for logging; None without one."""
         return None
 
-    def project(self, quantizer: FakeQuantizer) -> None:
-        """Bring learned state back to its domain after an optimizer step."""
+    def project(self, quantizer: FakeQuantizer, weight: Tensor | None = None) -> None:
+        """After an optimizer step: bring state (and a weight, if the method owns parts of it) to its domain."""
 
     def before_optimizer_step(self, quantizer: FakeQuantizer, weight: Tensor) -> None:
         """Update state that no optimizer holds, from the weight's reduced gradient."""
@@ -120,6 +192,47 @@ class Estimator:
     def metrics(self, quantizer: FakeQuantizer) -> Mapping[str, Tensor]:
         """State worth logging, by name, each a 0-dim tensor."""
         return {}
+
+
+def demand(spec: TensorSpec, where: str, method: str, **needs: Any) -> TensorSpec:
+    """Fill in what is open in a spec and refuse what contradicts a method.
+
+    Args:
+        spec: The user's.
+        where: Path of the tensor, for the message.
+        method: Name of the method.
+        needs: Field -> the value it must have, or a tuple of allowed ones of which the first is the default.
+
+    Returns:
+        The completed spec.
+
+    Raises:
+        ValueError: A field set to something else.
+
+    >>> demand(TensorSpec(bits=2), "fc.weight", "seq", grid="midrise").grid
+    'midrise'
+    """
+    filled: dict[str, Any] = {}
+    for name, need in needs.items():
+        allowed = need if isinstance(need, tuple) else (need,)
+        value = getattr(spec, name)
+        if value is None or value == "auto":
+            filled[name] = allowed[0]
+        elif value not in allowed:
+            cure = f"Set {name} to {' or '.join(repr(v) for v in allowed)}, or choose another method."
+            words = f"{name} in {allowed}" if len(allowed) > 1 else f"{name}={allowed[0]!r}"
+            raise ValueError(explain(f"{where}: method {method!r}", words, f"{name}={value!r}", cure))
+    return replace(spec, **filled)
+
+
+def overrides(rule: Estimator, *names: str) -> bool:
+    """Whether the estimator's class has its own version of one of these methods."""
+    return any(getattr(type(rule), name) is not getattr(Estimator, name) for name in names)
+
+
+def option_names(kind: type[Estimator]) -> list[str]:
+    """The settings a user may give."""
+    return [f.name for f in fields(kind) if f.init]
 
 
 class FakeQuantize(torch.autograd.Function):
@@ -136,10 +249,12 @@ class FakeQuantize(torch.autograd.Function):
         x: Tensor,
         scale: Tensor,
         zero: Tensor | float,
-        bounds: tuple[int, int],
+        table: Tensor | None,
+        grid: Grid,
         clips: bool,
         factor: float,
-        blending: bool,
+        interior: bool,
+        training: bool,
         rule: Estimator,
         *inputs: Tensor,
     ) -> Tensor:
@@ -150,62 +265,90 @@ class FakeQuantize(torch.autograd.Function):
             x: Real input, any floating dtype.
             scale: Real scales, broadcastable.
             zero: Zero points in code units, or one number.
-            bounds: Lowest and highest code.
+            table: The grid's codebook (``Grid.table``), or None.
+            grid: What codes stand for.
             clips: Whether values can lie outside the range (False under dynamic absmax scales).
-            factor: LSQ's factor on the scale's gradient.
-            blending: Let the rule blend float values into the output.
+            factor: What the scale's gradient is multiplied with.
+            interior: Whether values inside the range move the scale.
+            training: Let the rule blend float values into the output and draw random numbers.
             rule: The estimator.
             inputs: Its tensors.
         """
         if clips or rule.needs_bins or ctx.needs_input_grad[1]:
-            ctx.save_for_backward(x, scale, *((zero,) if isinstance(zero, Tensor) else ()), *inputs)
-        ctx.constants = (None if isinstance(zero, Tensor) else zero, bounds, clips, factor, blending, rule)
+            tensors = (zero, table) if isinstance(zero, Tensor) else (table,)
+            ctx.save_for_backward(x, scale, *tensors, *inputs)
+        ctx.constants = (None if isinstance(zero, Tensor) else zero, grid, clips, factor, interior, training, rule)
         wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
         u = torch.div(wide, scale)
         offset = isinstance(zero, Tensor) or zero != 0
         if offset:
             u = u.add_(zero)
-        y = u.round_().clamp_(*bounds)
+        if table is not None:
+            y = grid.round(u, table)
+        else:
+            y = rule.decode(rule.assign(u, grid, inputs, training), inputs)
         if offset:
             y = y.sub_(zero)
         y = y.mul_(scale)
-        if blending:
+        if training:
             y = rule.blend(wide, y, inputs)
         return y.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         """Apply the rule; see the module's formulas."""
-        zero, (low, high), clips, factor, _, rule = ctx.constants
+        zero, grid, clips, factor, interior, training, rule = ctx.constants
         learns = ctx.needs_input_grad[1]
         if not (clips or rule.needs_bins or learns):
             return (grad, *(None,) * (len(ctx.needs_input_grad) - 1))
         x, scale, *inputs = ctx.saved_tensors
         if zero is None:
             zero, *inputs = inputs
+        table, *inputs = inputs
         offset = isinstance(zero, Tensor) or zero != 0
         wide = torch.promote_types(x.dtype, torch.float32)
         g = grad.to(wide)
         u = torch.div(x.to(wide), scale)
         if offset:
             u = u.add_(zero)
-        kept = _inside(g, u, low, high) if clips else g
+        kept = _inside(g, u, *grid.span(rule.edges(grid))) if clips else g
         bins = None
         if learns or rule.needs_bins:
-            inside = u.clamp(low, high)
-            bins = Bins(inside, inside.round(), low, high, scale)
+            bins = locate(u, scale, table, grid, rule, tuple(inputs), training)
         out = rule.gradient(kept, bins, tuple(inputs))
         scale_grad = None
         if learns and bins is not None:
-            code, real = (bins.code - zero, u - zero) if offset else (bins.code, u)
+            code = out.soft if out.soft is not None else bins.code if interior else bins.u
+            if out.soft is None and interior:
+                code = rule.decode(code, inputs)
+            if table is not None:
+                code = grid.level(code, table)
+            code, real = (code - zero, u - zero) if offset else (code, u)
             terms = (g * code).addcmul_(out.task, real, value=-1)
             scale_grad = terms.sum_to_size(scale.shape).mul_(factor).to(scale.dtype)
-        return (out.x.to(grad.dtype), scale_grad, *(None,) * 6, *out.state)
+        return (out.x.to(grad.dtype), scale_grad, *(None,) * 8, *out.state)
 
 
-def _inside(g: Tensor, u: Tensor, low: int, high: int) -> Tensor:
+def locate(
+    u: Tensor,
+    scale: Tensor,
+    table: Tensor | None,
+    grid: Grid,
+    rule: Estimator,
+    inputs: tuple[Tensor, ...],
+    training: bool,
+) -> Bins:
+    """Bins of ``u``, the input in units of the scale with the zero point added."""
+    if table is not None:
+        place, width = grid.place(u, table)
+        return Bins(place, grid.nearest(u, table), grid.low, grid.high, width * scale, u)
+    inside = u.clamp(grid.low, grid.high)
+    code = rule.assign(u.clone(), grid, inputs, training) if overrides(rule, "assign") else inside.round()
+    return Bins(inside, code, grid.low, grid.high, scale, u)
+
+
+def _inside(g: Tensor, u: Tensor, low: float, high: float) -> Tensor:
     """``g`` where low <= u <= high, else 0: one pass of the hard tanh's derivative, whose ends are open."""
     eps, tiny = torch.finfo(u.dtype).eps, torch.finfo(u.dtype).tiny
-    below = low - eps * 2 ** ((-low).bit_length() - 1)
-    above = high + (eps * 2 ** (high.bit_length() - 1) if high else tiny)
+    below, above = -beyond(-low, eps, tiny), beyond(high, eps, tiny)
     return torch.ops.aten.hardtanh_backward(g, u, below, above)  # type: ignore[no-any-return]

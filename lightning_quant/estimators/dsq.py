@@ -52,7 +52,7 @@ class Dsq(Estimator):
             raise ValueError(explain("dsq", "0 < floor <= initial <= ceiling < 1", got, "The paper starts at 0.2."))
         if self.alpha != "learned":
             schedule = as_schedule(self.alpha, "dsq.alpha")
-            if not (0 < schedule.start < 1 and 0 < schedule.end < 1):
+            if not all(0 < value < 1 for value in schedule.values):
                 raise ValueError(explain("dsq.alpha", "values in (0, 1)", self.alpha, "MQBench fixes it at 0.4."))
             object.__setattr__(self, "_schedule", schedule)
 
@@ -75,7 +75,7 @@ class Dsq(Estimator):
         """Alpha, if it is learned."""
         return {"alpha": self.state_lr} if self._schedule is None else {}
 
-    def inputs(self, quantizer: FakeQuantizer, x: Tensor) -> tuple[Tensor, ...]:
+    def inputs(self, quantizer: FakeQuantizer, x: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
         """Alpha, shape (1,) or 0-dim."""
         return (quantizer.alpha,)
 
@@ -96,7 +96,7 @@ class Dsq(Estimator):
         narrower = _total(r.mul_(task), bins.scale) * (2 / (a * (2 - a) * hardness))
         return Gradient(task, task, ((steeper - narrower).to(alpha.dtype).reshape(alpha.shape),))
 
-    def project(self, quantizer: FakeQuantizer) -> None:
+    def project(self, quantizer: FakeQuantizer, weight: Tensor | None = None) -> None:
         """Keep a learned alpha inside [floor, ceiling]."""
         if self._schedule is None:
             quantizer.alpha.data.clamp_(self.floor, self.ceiling)

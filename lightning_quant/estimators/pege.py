@@ -78,13 +78,18 @@ class Pege(Estimator):
             raise ValueError(explain("pege.initial", "a number in [0, 1]", self.initial, "0 starts at STE."))
         object.__setattr__(self, "_sharpness", as_schedule(self.sharpness, "pege.sharpness"))
         object.__setattr__(self, "_lam", as_schedule(self.lam, "pege.lam"))
-        if min(self._sharpness.start, self._sharpness.end) <= 0:
+        if min(self._sharpness.values) <= 0:
             raise ValueError(explain("pege.sharpness", "values above 0", self.sharpness, "Use 2 to 8."))
 
     @property
     def needs_bins(self) -> bool:
         """Always."""
         return True
+
+    @property
+    def holds_elements(self) -> bool:
+        """The uint8 Theta."""
+        return self.theta == "element" and self.theta_dtype == "uint8"
 
     def schedules(self) -> Mapping[str, Schedule]:
         """lam(t) and k(t)."""
@@ -147,14 +152,14 @@ class Pege(Estimator):
         rows = x.reshape(quantizer.theta.shape[0], groups, -1)
         return rows, scale.reshape(-1, 1, 1) if scale.numel() > 1 else scale
 
-    def inputs(self, quantizer: FakeQuantizer, x: Tensor) -> tuple[Tensor, ...]:
+    def inputs(self, quantizer: FakeQuantizer, x: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
         """B (or its uint8 code) lifted to broadcast against ``x``, the sharpness, the pull's factor."""
         return self._b(quantizer, x), quantizer.sharpness, quantizer.pull_factor(x)
 
     def _b(self, quantizer: FakeQuantizer, x: Tensor) -> Tensor:
         b = quantizer.theta
         if not quantizer.is_weight:
-            return b.reshape(-1, *(1,) * (x.ndim - 1 - quantizer.channel_axis % x.ndim))
+            return quantizer.per_channel(b, x)
         if self.theta == "element":
             return quantizer.granularity.view(b).reshape(x.shape)
         return b.reshape(b.shape[0], *(1,) * (x.ndim - 1)) if self.theta == "channel" else b.unsqueeze(-1)
@@ -177,12 +182,12 @@ class Pege(Estimator):
 
     def penalty(self, quantizer: FakeQuantizer, x: Tensor, scale: Tensor, zero: Tensor | float) -> Tensor | None:
         """lam(t) * ||F(x) - Q(x)||^2."""
-        b, sharpness, factor = self.inputs(quantizer, x)
-        bins = quantizer.bins(x, scale, zero)
-        error = _Surrogate.at(bins, b, sharpness).error * scale
+        inputs = b, sharpness, factor = self.inputs(quantizer, x, scale)
+        bins = quantizer.bins(x, scale, zero, inputs)
+        error = _Surrogate.at(bins, b, sharpness).error * bins.scale
         return error.square().sum() * factor / 2
 
-    def project(self, quantizer: FakeQuantizer) -> None:
+    def project(self, quantizer: FakeQuantizer, weight: Tensor | None = None) -> None:
         """Keep b inside [0, 1]."""
         if quantizer.theta.is_floating_point():
             quantizer.theta.data.clamp_(0.0, 1.0)
@@ -196,12 +201,12 @@ class Pege(Estimator):
         if not self._is_uint8(quantizer) or weight.grad is None:
             return
         with torch.no_grad():
-            view, scale, zero = quantizer.blocks(weight.detach())
+            view, scale, zero, _ = quantizer.blocks(self.transform(quantizer, weight.detach()))
             g = quantizer.granularity.view(weight.grad).reshape(view.shape).float()
-            b, sharpness, _ = self.inputs(quantizer, view)
-            bins = quantizer.bins(view, scale, zero)
+            inputs = b, sharpness, _ = self.inputs(quantizer, view, scale)
+            bins = quantizer.bins(view, scale, zero, inputs)
             surrogate = _Surrogate.at(bins, b, sharpness)
-            grad = (g / surrogate.slope.clamp(min=1e-3)).mul_(surrogate.gap).mul_(scale).nan_to_num_(0.0, 0.0, 0.0)
+            grad = (g / surrogate.slope.clamp(min=1e-3)).mul_(surrogate.gap).mul_(bins.scale).nan_to_num_(0.0, 0.0, 0.0)
             rms = grad.square().mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
             moved = b - grad.mul_(self.uint8_lr * 255 / rms)
             noise = uniform(moved.shape, quantizer.step, quantizer.salt)

@@ -46,7 +46,7 @@ class PegeReplace(Estimator):
     @property
     def needs_bins(self) -> bool:
         """Only the pull looks at the error."""
-        return self._lam.start != 0 or self._lam.end != 0
+        return any(self._lam.values)
 
     def schedules(self) -> Mapping[str, Schedule]:
         """p(t) and lam(t)."""
@@ -56,7 +56,7 @@ class PegeReplace(Estimator):
         """The optimizer step, which the noise is a function of."""
         quantizer.track_step()
 
-    def inputs(self, quantizer: FakeQuantizer, x: Tensor) -> tuple[Tensor, ...]:
+    def inputs(self, quantizer: FakeQuantizer, x: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
         """Mask in {0, 1} of the input's shape, and the pull's factor."""
         mask = (uniform(x.shape, quantizer.step, quantizer.salt) < quantizer.share).to(x.dtype)
         return mask, quantizer.pull_factor(x)
@@ -76,6 +76,6 @@ class PegeReplace(Estimator):
 
     def penalty(self, quantizer: FakeQuantizer, x: Tensor, scale: Tensor, zero: Tensor | float) -> Tensor | None:
         """lam(t) * ||m (x - Q(x))||^2."""
-        mask, factor = self.inputs(quantizer, x)
-        bins = quantizer.bins(x, scale, zero)
-        return ((bins.u - bins.code) * scale * mask).square().sum() * factor / 2
+        inputs = mask, factor = self.inputs(quantizer, x, scale)
+        bins = quantizer.bins(x, scale, zero, inputs)
+        return ((bins.u - bins.code) * bins.scale * mask).square().sum() * factor / 2

@@ -10,6 +10,7 @@ from torch import nn
 from lightning_quant.attach import quant_layers
 from lightning_quant.distributed import whole
 from lightning_quant.errors import explain
+from lightning_quant.estimators import overrides
 from lightning_quant.export.writer import Sink, float_tensors, write_model_files
 from lightning_quant.layers import QuantLayer, QuantLinear
 from lightning_quant.progress import track
@@ -42,7 +43,7 @@ def write_compressed_tensors(
 def _add_layer(sink: Sink, path: str, layer: QuantLayer) -> None:
     from compressed_tensors.compressors import pack_to_int32
 
-    codes, scale, _ = layer.weight_quant.stored(layer.weight)
+    codes, scale, _, _ = layer.weight_quant.stored(layer.weight)
     if scale.ndim == 1:
         scale = scale.expand(codes.shape[0]).unsqueeze(1)
     size = codes.numel() * layer.weight.element_size()
@@ -55,7 +56,7 @@ def _add_layer(sink: Sink, path: str, layer: QuantLayer) -> None:
     sink.add(f"{path}.weight_scale", scale.to(layer.weight.dtype), 0)
     inputs = layer.input_quant
     if inputs is not None and not inputs.spec.dynamic:
-        sink.add(f"{path}.input_scale", whole(inputs.scale.detach()).to(layer.weight.dtype), 0)
+        sink.add(f"{path}.input_scale", whole(inputs.range.scale(inputs).detach()).to(layer.weight.dtype), 0)
 
 
 def layer_format(layer: QuantLayer) -> str:
@@ -143,6 +144,11 @@ def _check_layer(path: str, layer: QuantLayer, owners: list[str], target: str | 
         raise refuse("2 to 6 or 8 bits", f"{spec.bits:g}", "Use format='folded'.")
     if not spec.symmetric:
         raise refuse("symmetric weights", "asymmetric ones", "Readers fail on packed zero points: train without -asym.")
+    if overrides(layer.weight_quant.estimator, "decode"):
+        got = f"levels that {type(layer.weight_quant.estimator).__name__.lower()} chose"
+        raise refuse("evenly spaced levels", got, "Use format='folded'.")
+    if layer.weight_quant.grid.zero != 0 or layer.weight_quant.table is not None or layer.weight_quant.range.affine:
+        raise refuse("evenly spaced levels around 0", f"grid={spec.grid!r}", "Use format='folded'.")
     if len(owners) > 1:
         raise refuse("a weight of its own", f"one shared by {', '.join(owners)}", "Leave a tied head in float.")
     if inputs is not None:
@@ -154,6 +160,12 @@ def _check_layer(path: str, layer: QuantLayer, owners: list[str], target: str | 
 
 
 def _check_inputs(inputs: FakeQuantizer, refuse: Any) -> None:
+    if overrides(inputs.estimator, "transform", "assign", "decode"):
+        got = f"what {type(inputs.estimator).__name__.lower()} does to them"
+        raise refuse("inputs rounded to the nearest level", got, "Use format='folded'.")
+    if inputs.spec.grid != "int" or inputs.spec.range not in ("scale", "log2"):
+        got = f"grid={inputs.spec.grid!r}, range={inputs.spec.range!r}"
+        raise refuse("evenly spaced levels around 0", got, "Use format='folded'.")
     if inputs.spec.bits != 8:
         raise refuse("8-bit inputs", f"{inputs.spec.bits:g} bits", "Use format='folded', or train with a8.")
     if not inputs.spec.symmetric:

@@ -201,9 +201,7 @@ def _compare_tensors(stored: _Stored, trained: nn.Module) -> tuple[dict[str, tup
 def _compare_layer(stored: _Stored, path: str, layer: QuantLayer) -> tuple[int, float]:
     from compressed_tensors.compressors import unpack_from_int32
 
-    codes, scale, _ = (None if t is None else t.cpu() for t in layer.weight_quant.stored(layer.weight))
-    assert codes is not None
-    assert scale is not None
+    codes, scale = (t.cpu() for t in layer.weight_quant.stored(layer.weight)[:2])
     if layer_format(layer) == PACKED:
         shape = torch.Size(stored.tensor(f"{path}.weight_shape").tolist())
         found = unpack_from_int32(stored.tensor(f"{path}.weight_packed"), int(layer.weight_quant.spec.bits), shape)
@@ -216,7 +214,11 @@ def _compare_layer(stored: _Stored, path: str, layer: QuantLayer) -> tuple[int, 
     difference = float((found_scale.double() - scale.double()).abs().max())
     inputs = layer.input_quant
     if inputs is not None and not inputs.spec.dynamic:
-        gap = (stored.tensor(f"{path}.input_scale").double() - inputs.scale.detach().cpu().double()).abs().max()
+        gap = (
+            (stored.tensor(f"{path}.input_scale").double() - inputs.range.scale(inputs).detach().cpu().double())
+            .abs()
+            .max()
+        )
         difference = max(difference, float(gap))
     return int((found != codes).sum()), difference
 

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from lightning_quant.grid import Grid
+
 
 @dataclass(frozen=True)
 class Observer(ABC):
-    """Reads ranges off data.  Rows of the input share one scale."""
+    """Reads ranges off data.  Rows of the input share one scale.
+
+    Class attributes: ``covers``, whether no value of the data lies outside the range; ``data_free``, whether the
+    range is known without any data (``range`` then takes rows without elements too).
+    """
+
+    covers: ClassVar[bool] = False
+    data_free: ClassVar[bool] = False
 
     @abstractmethod
-    def range(self, rows: Tensor, bits: float, symmetric: bool) -> tuple[Tensor, Tensor]:
+    def range(self, rows: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """Ends of the range this data wants.
 
         Args:
             rows: Data, real, (scales, elements).
-            bits: Width of a code.
-            symmetric: Whether the grid is symmetric.
+            grid: The codes that will cover the range.
 
         Returns:
             (low, high), each (scales,), real.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
+from lightning_quant.grid import Grid
 from lightning_quant.observers.base import Observer
 
 
@@ -17,6 +19,8 @@ class MinMax(Observer):
     Integer-Arithmetic-Only Inference", CVPR 2018, arXiv:1712.05877, section 3.
     """
 
-    def range(self, rows: Tensor, bits: float, symmetric: bool) -> tuple[Tensor, Tensor]:
+    covers: ClassVar[bool] = True
+
+    def range(self, rows: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """See the class."""
         return rows.amin(dim=1), rows.amax(dim=1)

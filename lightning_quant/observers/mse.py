@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_quant.errors import explain
-from lightning_quant.grid import code_bounds, decode, encode, fixed_zero, scale_and_zero
+from lightning_quant.grid import Grid, decode, encode
 from lightning_quant.observers.base import Observer
 
 
@@ -34,19 +34,23 @@ class Mse(Observer):
                 )
             )
 
-    def range(self, rows: Tensor, bits: float, symmetric: bool) -> tuple[Tensor, Tensor]:
+    def range(self, rows: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """See the class."""
         rows = rows.float()
         low, high = rows.amin(dim=1), rows.amax(dim=1)
-        bounds = code_bounds(bits)
+        table = grid.table()
+        table = None if table is None else table.to(rows.device)
         best = torch.full_like(low, torch.inf)
         best_low, best_high = low.clone(), high.clone()
         for i in range(self.candidates):
             factor = 1 - (1 - self.smallest) * i / max(self.candidates - 1, 1)
-            scale, zero = scale_and_zero(low * factor, high * factor, bits, symmetric)
-            point = fixed_zero(bits) if zero is None else zero[:, None]
-            error = decode(encode(rows, scale[:, None], point, *bounds), scale[:, None], point)
-            error = error.sub_(rows).square_().sum(dim=1)
+            scale, zero = grid.scale_and_zero(low * factor, high * factor)
+            point = grid.zero or 0.0 if zero is None else zero[:, None]
+            if table is None:
+                code = encode(rows, scale[:, None], point, grid.low, grid.high)
+            else:
+                code = grid.round(rows / scale[:, None], table)
+            error = decode(code, scale[:, None], point).sub_(rows).square_().sum(dim=1)
             better = error < best
             best = torch.where(better, error, best)
             best_low = torch.where(better, low * factor, best_low)

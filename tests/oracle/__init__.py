@@ -2,11 +2,69 @@
 
 Arrays are float64; ``u = x / s + z`` in code units; ``low`` and ``high`` bound the codes; every function works
 element by element on arrays that already broadcast.  ``np.round`` rounds half to even.
+
+One module per method holds its ``expected(case) -> Result``; what most of them share is here.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import Any
+
 import numpy as np
+
+# --- what the contract hands to a method's oracle, and what it wants back -------------------------------------------
+
+
+@dataclass
+class Case:
+    """One quantizer's input and state as float64 arrays of the input's shape (what is shared is spread out)."""
+
+    x: np.ndarray
+    g: np.ndarray  # dL/dy
+    s: np.ndarray  # scale
+    z: np.ndarray  # zero point
+    low: int
+    high: int
+    bits: float
+    clips: bool  # False where the range always covers the data
+    is_weight: bool
+    step: int
+    salt: int
+    scale_shape: tuple[int, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+    state: dict[str, np.ndarray] = field(default_factory=dict)
+    schedules: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def mask(self):
+        """Clamp-first: 1 where the value before rounding lies on the range."""
+        return inside(self.x, self.s, self.z, self.low, self.high) if self.clips else np.ones_like(self.x)
+
+    @property
+    def y(self):
+        return quantize(self.x, self.s, self.z, self.low, self.high)
+
+    @property
+    def pull(self):
+        """lam(t): the progressive term is a sum over weights and a mean over activations."""
+        return self.schedules["lam"] / (1 if self.is_weight else self.x.size)
+
+    def blocks(self, values):
+        """Weights as (scales, elements that share one)."""
+        return values.reshape(int(np.prod(self.scale_shape)), -1)
+
+
+@dataclass
+class Result:
+    """y, dL/dx, the part D * g of it that feeds the scale, dL/dstate per element, what stands for the code."""
+
+    y: np.ndarray
+    x: np.ndarray
+    task: np.ndarray
+    state: dict[str, np.ndarray] = field(default_factory=dict)
+    code: np.ndarray | None = None
+
 
 # --- grid ---------------------------------------------------------------------------------------------------------
 
@@ -56,64 +114,11 @@ def offset(x, s, z, low, high):
     return u, u - i - 0.5
 
 
-# --- backward rules: each returns dL/dx, the part D * g that feeds the scale, and dL/dtheta per element ---------------
-
-
-def ste(g, x, s, z, low, high, clips=True):
-    """Bengio et al. 2013, clipped: the identity inside the range."""
-    mask = inside(x, s, z, low, high) if clips else 1.0
-    return g * mask, g * mask, None
-
-
-def ewgs(g, x, s, z, low, high, delta, clips=True):
-    """Lee et al. 2021, eq. 5 with x_n, x_q normalised to [0, 1] over the whole range."""
-    u = np.clip(x / s + z, low, high)
-    x_n, x_q = (u - low) / (high - low), (np.round(u) - low) / (high - low)
-    mask = inside(x, s, z, low, high) if clips else 1.0
-    gx = g * (1 + delta * np.sign(g) * (x_n - x_q)) * mask
-    return gx, gx, None
-
-
-def dsq(g, x, s, z, low, high, alpha, clips=True):
-    """Gong et al. 2019: slope of the tanh staircase; dL/dalpha with the bin index held fixed."""
-    _, r = offset(x, s, z, low, high)
-    stretch, k = 1 / (1 - alpha), np.log(2 / alpha - 1)
-    sech2 = 1 / np.cosh(k * r) ** 2
-    mask = inside(x, s, z, low, high) if clips else 1.0
-    gx = g * mask * stretch * k / 2 * sech2
-    d_alpha = s / 2 * (stretch**2 * np.tanh(k * r) - stretch * 2 * r / (alpha * (2 - alpha)) * sech2)
-    return gx, gx, g * mask * d_alpha
-
-
-def surrogate(x, s, z, low, high, b, k):
-    """F in code units, dF/du and dF/db of the learned surrogate."""
-    u, r = offset(x, s, z, low, high)
-    top = np.tanh(k / 2)
-    phi = np.tanh(k * r) / (2 * top)
-    slope = k / np.cosh(k * r) ** 2 / (2 * top)
-    return u + b * (phi - r), 1 + b * (slope - 1), phi - r
-
-
-def pege(g, x, s, z, low, high, b, k, lam, clips=True):
-    """Hard forward, backward of y = F + stopgrad(Q - F) with lam * (F - Q)^2 added to the loss."""
-    f, d, gap = surrogate(x, s, z, low, high, b, k)
-    error = s * (f - code(x, s, z, low, high))
-    mask = inside(x, s, z, low, high) if clips else 1.0
-    total = (g + 2 * lam * error) * mask
-    return total * d, g * mask * d, s * total * gap
-
-
-def pege_replace(g, x, s, z, low, high, m, lam, clips=True):
-    """Random replacement: x~ = x + m (Q(x) - x), with lam * (m (x - Q(x)))^2 added to the loss."""
-    mask = inside(x, s, z, low, high) if clips else 1.0
-    error = (np.clip(x / s + z, low, high) - code(x, s, z, low, high)) * s
-    return g * mask + 2 * lam * m * error, g * mask, None
-
-
-def scale_terms(g, task, x, s, z, low, high):
+def scale_terms(case, result):
     """Per-element terms of dL/ds: chain rule through s * (Q(x/s + z) - z) with the estimator's dQ/du."""
-    u = np.clip(x / s + z, low, high)
-    return g * (np.round(u) - z) - task * (u - z)
+    u = np.clip(case.x / case.s + case.z, case.low, case.high)
+    code = np.round(u) if result.code is None else result.code
+    return case.g * (code - case.z) - result.task * (u - case.z)
 
 
 # --- noise --------------------------------------------------------------------------------------------------------

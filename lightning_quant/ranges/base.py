@@ -1,0 +1,73 @@
+"""The contract of ranges: which numbers fix a static grid, and how their gradients arise.
+
+A range turns its own parameters into a scale (and an offset) by differentiable operations; the quantizer's
+backward gives the gradient of the scale and autograd carries it on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from lightning_quant.quantizer import FakeQuantizer
+    from lightning_quant.spec import TensorSpec
+
+
+@dataclass(frozen=True)
+class Range:
+    """How a static grid is held and learned.
+
+    Class attributes: ``interior``, whether values inside the range move the scale (LSQ) or only clipped ones
+    (PACT); ``affine``, whether the range has two free ends.
+    """
+
+    interior: ClassVar[bool] = True
+    affine: ClassVar[bool] = False
+
+    def check(self, spec: TensorSpec, is_weight: bool, where: str) -> None:
+        """Refuse a spec this range makes no sense with."""
+
+    def initial(self) -> Mapping[str, float]:
+        """Names of its tensors, each of the scales' shape, with their value before a range is set."""
+        return {"scale": 0.0}
+
+    def state(self, quantizer: FakeQuantizer) -> None:
+        """Register the tensors: parameters if they are learned, else buffers."""
+        for name, value in self.initial().items():
+            start = torch.full(quantizer.scale_shape, value, dtype=quantizer.dtype, device=quantizer.device)
+            if quantizer.spec.learn_scale:
+                quantizer.register_parameter(name, nn.Parameter(start))
+            else:
+                quantizer.register_buffer(name, start)
+
+    def set(self, quantizer: FakeQuantizer, low: Tensor, high: Tensor) -> None:
+        """Cover [low, high], each (number of scales,), real."""
+        raise NotImplementedError
+
+    def scale(self, quantizer: FakeQuantizer) -> Tensor:
+        """The scale, real, in the scales' shape."""
+        raise NotImplementedError
+
+    def zero(self, quantizer: FakeQuantizer) -> Tensor | float:
+        """The zero point, in codes."""
+        raise NotImplementedError
+
+    def offset(self, quantizer: FakeQuantizer) -> Tensor | None:
+        """Real number that is subtracted before the grid and added after it, in the scales' shape."""
+        return None
+
+    def ready(self, quantizer: FakeQuantizer) -> bool:
+        """Whether a range has been set."""
+        raise NotImplementedError
+
+    def factor(self, quantizer: FakeQuantizer, x: Tensor) -> float:
+        """What the gradient of the scale is multiplied with."""
+        return 1.0
+
+    def project(self, quantizer: FakeQuantizer) -> None:
+        """Bring the parameters back to their domain after an optimizer step."""
