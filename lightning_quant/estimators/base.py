@@ -81,12 +81,14 @@ class About(NamedTuple):
         link: arXiv number or another address; empty for what is ours.
         bits: Widths it makes sense for.
         learned: What is trained beside the weights.
+        scheme: A scheme it is made for: what plots and examples use.
     """
 
     paper: str
     link: str
     bits: str
     learned: str
+    scheme: str = "w4a16"
 
 
 @dataclass(frozen=True)
@@ -94,11 +96,12 @@ class Estimator:
     """A method: hyper-parameters as fields, formulas as methods, state held by the quantizer.
 
     Class attributes: ``about``, its line in the table of methods; ``learns_scale``, whether ranges are learned
-    unless the user says otherwise.
+    unless the user says otherwise; ``drawn``, the settings its plot compares.
     """
 
     about: ClassVar[About] = About("", "", "1-8", "nothing")
     learns_scale: ClassVar[bool] = False
+    drawn: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
 
     @property
     def holds_elements(self) -> bool:

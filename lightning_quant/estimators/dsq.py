@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.errors import explain
-from lightning_quant.estimators.base import Bins, Estimator, Gradient
+from lightning_quant.estimators.base import About, Bins, Estimator, Gradient
 from lightning_quant.schedule import Schedule, as_schedule
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ class Dsq(Estimator):
     the hard staircase at training time too, as in the authors' training pipeline.
     """
 
+    about: ClassVar[About] = About("Gong et al. 2019", "1908.05033", "1-8", "scale or bounds, alpha")
+    drawn: ClassVar[tuple[Mapping[str, Any], ...]] = ({"alpha": 0.4}, {"alpha": 0.2}, {"alpha": 0.05})
     alpha: Any = "learned"
     initial: float = 0.2
     floor: float = 1e-3

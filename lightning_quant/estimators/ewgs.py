@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lightning_quant.errors import explain
-from lightning_quant.estimators.base import Bins, Estimator, Gradient
+from lightning_quant.estimators.base import About, Bins, Estimator, Gradient
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Ewgs(Estimator):
     and there is no output factor |alpha|.
     """
 
+    about: ClassVar[About] = About("Lee, Kim, Ham 2021", "2104.00903", "1-8", "scale")
+    drawn: ClassVar[tuple[Mapping[str, Any], ...]] = ({"delta": 0.0}, {"delta": 0.5}, {"delta": 1.0})
     delta: float = 1e-3
     learns_scale: ClassVar[bool] = True
 

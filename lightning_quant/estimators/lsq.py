@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lightning_quant.estimators.base import Estimator
+from lightning_quant.estimators.base import About, Estimator
 
 
 @dataclass(frozen=True)
@@ -21,4 +21,5 @@ class Lsq(Estimator):
     positive by a floor after each step.
     """
 
+    about: ClassVar[About] = About("Esser et al. 2020", "1902.08153", "2-8", "scale")
     learns_scale: ClassVar[bool] = True

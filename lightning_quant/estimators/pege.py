@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.errors import explain, unknown
-from lightning_quant.estimators.base import Bins, Estimator, Gradient
+from lightning_quant.estimators.base import About, Bins, Estimator, Gradient
 from lightning_quant.noise import uniform
 from lightning_quant.schedule import Schedule, as_schedule
 
@@ -57,6 +57,8 @@ class Pege(Estimator):
     Deviation: the form of F is our own construction.
     """
 
+    about: ClassVar[About] = About("Zhao 2025 (the name; the surrogate is ours)", "2509.00097", "1-8", "scale, Theta")
+    drawn: ClassVar[tuple[Mapping[str, Any], ...]] = ({"initial": 0.0}, {"initial": 0.5}, {"initial": 1.0})
     theta: str = "group"
     theta_bytes: int | None = None
     theta_dtype: str = "uint8"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from lightning_quant.estimators.base import Bins, Estimator, Gradient
+from lightning_quant.estimators.base import About, Bins, Estimator, Gradient
 from lightning_quant.noise import uniform
 from lightning_quant.schedule import Schedule, as_schedule
 
@@ -34,6 +34,7 @@ class PegeReplace(Estimator):
     co-optimised error are our reconstruction.
     """
 
+    about: ClassVar[About] = About("Zhao 2025 (its abstract)", "2509.00097", "1-8", "nothing")
     share: Any = field(default_factory=lambda: {"curve": "replacement", "start": 0.0, "end": 1.0, "until": 0.8})
     lam: Any = 0.0
     _share: Schedule = field(init=False, repr=False, default=Schedule())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from lightning_quant.estimators.base import Estimator
+from lightning_quant.estimators.base import About, Estimator
 
 
 @dataclass(frozen=True)
@@ -17,3 +18,5 @@ class Ste(Estimator):
     Source: Bengio, Leonard, Courville, "Estimating or Propagating Gradients Through Stochastic Neurons",
     arXiv:1308.3432; the clipped form as in Courbariaux et al., arXiv:1602.02830.
     """
+
+    about: ClassVar[About] = About("Bengio, Leonard, Courville 2013", "1308.3432", "2-8", "nothing")
