@@ -62,6 +62,7 @@ class QuantTrainerMixin:
     quant_arguments: QuantArguments | None = None
     quant_exported = False
     _measured = -1
+    _curved = -1
 
     def __init__(self, *args: Any, quant: QuantConfig | QuantArguments | None = None, **kwargs: Any) -> None:
         self.init_quant(quant)
@@ -118,7 +119,16 @@ class QuantTrainerMixin:
             measure = self._logs_after(step + 1)
             self._measured = step + 1 if measure else self._measured
             self.quant.on_step(step, self._loss_scale(), measure)
+            if step != self._curved and self.quant.wants_curvature(step):
+                self._curved = step
+                self.quant.update_curvature(lambda: self._batch_loss(*args, **kwargs))
         return super().training_step(*args, **kwargs)  # type: ignore[misc]
+
+    def _batch_loss(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        """The loss of a batch on the bare model: every rank its own."""
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            return self.compute_loss(self.accelerator.unwrap_model(model), dict(inputs))
 
     def _logs_after(self, steps: int) -> bool:
         """Whether the training log gets an entry after this many optimizer steps."""

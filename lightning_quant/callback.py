@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +95,10 @@ class QuantCallback(Callback):
         if not pl_module.automatic_optimization and trainer.max_steps > 0:
             steps = min(steps, math.ceil(trainer.max_steps / max(len(trainer.optimizers), 1)))
         self.controller.begin(int(steps) if steps != float("inf") and steps >= 0 else None)
+        if self.controller.estimator.follows_curvature and not pl_module.automatic_optimization:
+            got = "manual optimization, whose training_step steps optimizers itself"
+            cure = "Use a fixed delta, or call controller.update_curvature(loss) yourself."
+            raise ValueError(explain("ewgs.delta='hessian'", "automatic optimization", got, cure))
         self.controller.split_groups(trainer.optimizers, [c.scheduler for c in trainer.lr_scheduler_configs])
 
     @override
@@ -102,6 +107,8 @@ class QuantCallback(Callback):
         self._stepped = trainer.global_step
         step, every = _step(trainer, pl_module), self._every(trainer)
         self.controller.on_step(step, _loss_scale(trainer, pl_module), bool(every) and (step + 1) % every == 0)
+        if batch_idx % trainer.accumulate_grad_batches == 0 and self.controller.wants_curvature(step):
+            self.controller.update_curvature(lambda: _loss(trainer, pl_module, batch, batch_idx))
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
@@ -234,6 +241,17 @@ def _step(trainer: Trainer, pl_module: LightningModule) -> int:
     if pl_module.automatic_optimization:
         return int(trainer.global_step)
     return int(trainer.fit_loop.epoch_loop.total_batch_idx)
+
+
+def _loss(trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> Any:
+    """The loss of a batch, with nothing logged."""
+    module.__dict__["log"] = lambda *args, **kwargs: None
+    try:
+        with trainer.precision_plugin.forward_context():
+            out: Any = module.training_step(batch, batch_idx)
+    finally:
+        del module.__dict__["log"]
+    return out["loss"] if isinstance(out, Mapping) else out
 
 
 def _loss_scale(trainer: Trainer, pl_module: LightningModule) -> float:

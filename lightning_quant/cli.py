@@ -27,13 +27,16 @@ def main(argv: list[str] | None = None) -> int:
     write.add_argument("--format", default=None, help="compressed-tensors (default) or folded")
     write.set_defaults(run=_export)
 
-    table = commands.add_parser("methods", help="list methods and observers")
+    table = commands.add_parser("methods", help="list methods, observers, ranges and grids, or explain a method")
+    table.add_argument("name", nargs="?", help="print this method's formula and defaults and plot its gradient")
+    table.add_argument("--plot", metavar="PNG", help="where the plot goes (default: NAME.png here)")
+    table.add_argument("--no-plot", action="store_true", help="text only")
     table.set_defaults(run=_methods)
 
     arguments = parser.parse_args(argv)
     try:
         status: int = arguments.run(arguments)
-    except (CheckpointError, ValueError, FileExistsError) as error:
+    except (CheckpointError, ValueError, FileExistsError, ImportError) as error:
         print(f"lightning-quant {arguments.command}: {error}", file=sys.stderr)
         return 2
     return status
@@ -66,13 +69,20 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _methods(arguments: argparse.Namespace) -> int:
-    from lightning_quant.estimators import ESTIMATORS
-    from lightning_quant.observers import OBSERVERS
+    from lightning_quant import catalog
 
-    for title, table in (("methods", ESTIMATORS), ("observers", OBSERVERS)):
-        print(title)
-        for name, kind in table.items():
-            print(f"  {name:<14} {(kind.__doc__ or '').strip().splitlines()[0]}")
+    if arguments.name is not None:
+        print(catalog.describe(arguments.name))
+        if not arguments.no_plot:
+            print(f"plot: {catalog.draw(arguments.name, arguments.plot or f'{arguments.name}.png')}")
+        return 0
+    if arguments.plot is not None:
+        raise ValueError("lightning-quant methods --plot: expected a method's name with it, got none. Add the name.")
+    print(catalog.table())
+    for title, lines in catalog.parts().items():
+        print(f"\n{title}")
+        for name, line in lines.items():
+            print(f"  {name:<14} {line}")
     return 0
 
 

@@ -5,6 +5,7 @@ Everything it does is a function of the optimizer step, so resuming needs the st
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_quant.attach import Report, attach, check_coverage, is_attached, quant_layers, quantizers
 from lightning_quant.calibration import commit_ranges, open_observers
+from lightning_quant.curvature import curvature
 from lightning_quant.distributed import whole
 from lightning_quant.errors import AttachError, explain
 from lightning_quant.estimators import build_estimator
@@ -28,8 +30,9 @@ class QuantController:
     """One training run's quantization: attach, schedules, observers, coverage, metrics.
 
     The front end calls, in this order: ``prepare`` before the optimizer exists, ``begin`` once the run's
-    length is known, ``on_step`` before each forward of training, ``before_optimizer_step`` and
-    ``after_optimizer_step`` around each update, ``on_eval`` before evaluation, ``after_eval_batch`` in it.
+    length is known, ``on_step`` before each forward of training (and ``update_curvature`` after it where
+    ``wants_curvature``), ``before_optimizer_step`` and ``after_optimizer_step`` around each update, ``on_eval``
+    before evaluation, ``after_eval_batch`` in it.
 
     Args:
         config: What to quantize and how; checked here, before any work.
@@ -114,9 +117,31 @@ class QuantController:
         observing = step < self.config.calibration
         if observing or any(q.observing for q in self._quantizers):
             open_observers(self.model, observing)
+        now = self.values()
         for q in self._quantizers:
+            q.now = now
             if q.measuring != measure:
                 q.measuring = measure
+
+    def wants_curvature(self, step: int) -> bool:
+        """Whether ``update_curvature`` is due before this optimizer step."""
+        rule: Any = self.estimator
+        if not rule.follows_curvature or step == 0:
+            return False
+        if self.total_steps is None:
+            expected = "the number of optimizer steps of the run"
+            raise ValueError(explain("ewgs.delta='hessian'", expected, None, "Set max_steps or max_epochs."))
+        return bool(step % max(1, round(rule.period * self.total_steps)) == 0)
+
+    def update_curvature(self, loss: Callable[[], Tensor]) -> None:
+        """Measure the loss's curvature on the current batch, where the method follows it.
+
+        Args:
+            loss: Runs the forward of the current batch, changing nothing else, and returns the scalar loss.
+        """
+        rule: Any = self.estimator
+        for q, (trace, spread) in curvature(self.model, loss, self.step, rule.probes, rule.tolerance).items():
+            q.estimator.take_curvature(q, trace, spread)
 
     def before_optimizer_step(self, optimizer: Optimizer | None = None) -> None:
         """After backward: update state that no optimizer holds.

@@ -35,6 +35,14 @@ def reduce_ranges(ranges: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Ten
     return out
 
 
+def mean(x: Tensor) -> Tensor:
+    """Mean over ranks, in place of the same tensor on each."""
+    if active():
+        dist.all_reduce(x, op=dist.ReduceOp.SUM)
+        x /= dist.get_world_size()
+    return x
+
+
 def to_local(x: Tensor) -> Tensor:
     """This rank's part of a sharded tensor; other tensors as they are."""
     local = getattr(x, "to_local", None)

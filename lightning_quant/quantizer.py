@@ -24,7 +24,8 @@ class FakeQuantizer(nn.Module):
     A weight is handed in at every call and never kept.  Persistent state: what the range registers (``scale``,
     a parameter or buffer, real, and ``zero``, in codes, on asymmetric grids; nothing when dynamic), ``running``
     (observed ends of a static activation range, real) and what the estimator registers.
-    Scheduled scalars are 0-dim non-persistent buffers that a controller fills.
+    Scheduled scalars are 0-dim non-persistent buffers that a controller fills; ``now`` holds them as Python
+    numbers, for what happens between forwards.
 
     Args:
         spec: Resolved spec: no ``auto`` and no None in it.
@@ -42,13 +43,20 @@ class FakeQuantizer(nn.Module):
 
     scale: Tensor
     zero: Tensor
+    offset: Tensor
+    lower: Tensor
+    upper: Tensor
+    log2_threshold: Tensor
     running: Tensor
     step: Tensor
     lam: Tensor
     share: Tensor
     sharpness: Tensor
     alpha: Tensor
+    delta: Tensor
     theta: Tensor
+    held: Tensor
+    reached: float
     table: Tensor | None
     _place: Tensor
 
@@ -71,7 +79,8 @@ class FakeQuantizer(nn.Module):
         self.spec, self.granularity, self.estimator = spec, granularity, estimator
         self.observer = build_observer(spec.observer, f"{where}: TensorSpec.observer")
         self.range = build_range(spec.range, f"{where}: TensorSpec.range")
-        self.grid = Grid(spec.bits, bool(spec.symmetric), spec.grid, spec.scale_format, spec.narrow)
+        symmetric = bool(spec.symmetric) and not self.range.affine  # two free ends have no zero point
+        self.grid = Grid(spec.bits, symmetric, spec.grid, spec.scale_format, spec.narrow)
         self.is_weight = shape is not None
         self.shape = tuple(shape or ())
         self.rows = granularity.rows(self.shape) if self.is_weight else (0, 0)
@@ -99,6 +108,7 @@ class FakeQuantizer(nn.Module):
         for name, schedule in estimator.schedules().items():
             value = torch.tensor(schedule.first, dtype=torch.float32, device=device)
             self.register_buffer(name, value, persistent=False)
+        self.now = {name: schedule.first for name, schedule in estimator.schedules().items()}
         estimator.state(self)
 
     @property
@@ -179,7 +189,11 @@ class FakeQuantizer(nn.Module):
             with torch.no_grad():
                 scale, zero = self._dynamic(x.detach())
         elif self.ready:
-            return self.range.scale(self), self.range.zero(self), self.range.offset(self)
+            offset = self.range.offset(self)
+            if offset is not None:  # the value is unchanged, the gradient is multiplied
+                fixed = offset.detach()
+                offset = fixed + self.range.factor(self, x) * (offset - fixed)
+            return self.range.scale(self), self.range.zero(self), offset
         else:
             with torch.no_grad():
                 scale, zero = self._per_sample(x.detach())
@@ -339,6 +353,7 @@ class FakeQuantizer(nn.Module):
         sign += "" if self.spec.grid == "int" else f", {self.spec.grid}"
         size = f"({self.spec.group_size})" if self.spec.group_size else ""
         kind = "dynamic" if self.spec.dynamic else "learned" if self.spec.learn_scale else "fixed"
+        kind += "" if self.spec.range == "scale" else f" {self.spec.range}"
         return (
             f"{self.spec.bits:g} bits{sign}, {self.granularity.kind}{size}, {kind} range, "
             f"{type(self.estimator).__name__.lower()}"

@@ -25,7 +25,7 @@ LAYERS = (
     ("resolve", "quantizer"),
     ("layers", "transformers_layers"),
     ("attach",),
-    ("calibration", "optim"),
+    ("calibration", "curvature", "optim"),
     ("controller",),
 )
 EDGE = len(LAYERS)

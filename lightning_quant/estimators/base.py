@@ -192,6 +192,14 @@ class Estimator:
     def before_optimizer_step(self, quantizer: FakeQuantizer, weight: Tensor) -> None:
         """Update state that no optimizer holds, from the weight's reduced gradient."""
 
+    @property
+    def follows_curvature(self) -> bool:
+        """Whether the controller shall measure the loss's curvature, every ``period`` (a share) of the run."""
+        return False
+
+    def take_curvature(self, quantizer: FakeQuantizer, trace: float, spread: float) -> None:
+        """What was measured at the quantizer's output: see ``curvature.curvature``."""
+
     def metrics(self, quantizer: FakeQuantizer) -> Mapping[str, Tensor]:
         """State worth logging, by name, each a 0-dim tensor."""
         return {}
