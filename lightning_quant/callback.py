@@ -14,6 +14,7 @@ from typing_extensions import override
 from lightning_quant.attach import Report, is_attached
 from lightning_quant.controller import QuantController
 from lightning_quant.errors import AttachError, explain
+from lightning_quant.estimators import Estimator
 from lightning_quant.layers import layer_class
 from lightning_quant.spec import SPEC_VERSION, LayerRule, QuantConfig
 
@@ -30,7 +31,7 @@ class QuantCallback(Callback):
     optimizer's steps count in ``trainer.global_step``.
 
     Args:
-        method: Name in ``ESTIMATORS``.
+        method: Name in ``ESTIMATORS``, or an ``Estimator`` of your own.
         scheme: Scheme string, e.g. ``"w8a8"`` or ``"w4a16-g32"``.
         config: A ``QuantConfig`` or the path of its YAML file, in place of ``method``, ``scheme``, ``rules``
             and ``options``.
@@ -45,7 +46,7 @@ class QuantCallback(Callback):
 
     def __init__(
         self,
-        method: str = "pege",
+        method: str | Estimator = "pege",
         scheme: str = "w8a8",
         config: QuantConfig | str | None = None,
         rules: list[LayerRule | dict[str, Any]] | None = None,

@@ -162,7 +162,8 @@ class QuantConfig:
     """Everything that decides what training computes and what an export holds.
 
     Args:
-        method: Name in ``ESTIMATORS``.
+        method: Name in ``ESTIMATORS``, or an ``Estimator`` of your own (a checkpoint keeps its class's path and
+            settings; to load one, register the class under that path in ``ESTIMATORS``).
         weight: Spec of the weights, or None for float weights.
         activation: Spec of the layers' inputs, or None for float activations.
         rules: Per-layer overrides, first match wins.
@@ -178,7 +179,7 @@ class QuantConfig:
         seed: Seeds the counter-based noise of methods that draw random numbers.
     """
 
-    method: str = "pege"
+    method: Any = "pege"
     weight: TensorSpec | None = field(default_factory=TensorSpec)
     activation: TensorSpec | None = field(default_factory=TensorSpec)
     rules: tuple[LayerRule, ...] = ()
@@ -194,6 +195,9 @@ class QuantConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", tuple(self.rules))
         object.__setattr__(self, "options", dict(self.options))
+        if not isinstance(self.method, str) and self.options:
+            got = f"{type(self.method).__name__} with options {sorted(self.options)} beside it"
+            raise ValueError(explain("QuantConfig.method", "an object that stands alone", got, "Set its own fields."))
         if self.target not in TARGETS:
             raise ValueError(unknown("target", self.target, TARGETS, "QuantConfig.target"))
         if self.coverage not in COVERAGE:
@@ -214,9 +218,9 @@ class QuantConfig:
 
     @staticmethod
     def parse(
-        method: str = "pege", scheme: str = "w8a8", *, rules: Iterable[LayerRule] = (), **options: Any
+        method: Any = "pege", scheme: str = "w8a8", *, rules: Iterable[LayerRule] = (), **options: Any
     ) -> QuantConfig:
-        """Build a config from a method's name and a scheme string.
+        """Build a config from a method's name (or an ``Estimator``) and a scheme string.
 
         Keywords that are fields of this class go there; ``learn_scale``, ``range``, ``grid``, ``observer``,
         ``scale_format`` and ``narrow`` go to the specs of weights and activations alike; all others are the
@@ -236,7 +240,12 @@ class QuantConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, ready for YAML or JSON, with the format's version."""
-        return {"version": SPEC_VERSION, **asdict(self), "rules": [asdict(r) for r in self.rules]}
+        method, options = self.method, self.options
+        if not isinstance(method, str):
+            options = {f.name: getattr(method, f.name) for f in fields(method) if f.init}
+            method = f"{type(method).__module__}:{type(method).__qualname__}"
+        plain = asdict(replace(self, method="", options=options))
+        return {"version": SPEC_VERSION, **plain, "method": method, "rules": [asdict(r) for r in self.rules]}
 
     @staticmethod
     def from_dict(data: Mapping[str, Any], where: str = "QuantConfig") -> QuantConfig:

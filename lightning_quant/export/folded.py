@@ -6,7 +6,10 @@ from typing import Any
 
 from torch import nn
 
+from lightning_quant.attach import quant_layers
 from lightning_quant.distributed import whole
+from lightning_quant.errors import explain
+from lightning_quant.estimators import overrides
 from lightning_quant.export.writer import Sink, float_tensors, write_model_files
 from lightning_quant.progress import track
 from lightning_quant.spec import QuantConfig
@@ -18,7 +21,17 @@ def write_folded(
     """Write the model with on-grid weights under the float keys.
 
     Activations are not quantized in what comes out: a plain checkpoint has no place for their scales.
+
+    Raises:
+        ValueError: The method maps a layer's input before it rounds it, which a plain checkpoint cannot say.
     """
+    for path, quantized in quant_layers(model):
+        inputs = quantized.input_quant
+        if inputs is not None and overrides(inputs.estimator, "transform"):
+            name = type(inputs.estimator).__name__.lower()
+            expected, got = "inputs that are only rounded", f"what {name} maps them to before"
+            cure = "No format here holds that map: train with float activations (a16) to export the weights."
+            raise ValueError(explain(f"{path} (format='folded')", expected, got, cure))
     for name, tensor, layer in track(list(float_tensors(model)), "writing weights"):
         sink.add(name, whole(tensor) if layer is None else layer.weight_quant.on_grid(layer.weight))
     write_model_files(model, sink, tokenizer, config, None)
