@@ -245,7 +245,7 @@ def _step(trainer: Trainer, pl_module: LightningModule) -> int:
 
 
 def _loss(trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> Any:
-    """The loss of a batch, with nothing logged."""
+    """The loss of a batch by one more call of ``training_step``, with nothing logged."""
     module.__dict__["log"] = lambda *args, **kwargs: None
     try:
         with trainer.precision_plugin.forward_context():

@@ -74,7 +74,9 @@ def _methods(arguments: argparse.Namespace) -> int:
     if arguments.name is not None:
         print(catalog.describe(arguments.name))
         if not arguments.no_plot:
-            print(f"plot: {catalog.draw(arguments.name, arguments.plot or f'{arguments.name}.png')}")
+            from lightning_quant import plots
+
+            print(f"plot: {plots.draw(arguments.name, arguments.plot or f'{arguments.name}.png')}")
         return 0
     if arguments.plot is not None:
         raise ValueError("lightning-quant methods --plot: expected a method's name with it, got none. Add the name.")

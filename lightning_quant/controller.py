@@ -45,6 +45,8 @@ class QuantController:
         self.report: Report | None = None
         self.total_steps: int | None = None
         self.step = 0
+        self._observed = config.calibration
+        self._now: dict[str, float] = {}
         self._loss_scale: float | Tensor = 1.0
         self._model: nn.Module | None = None
         self._trained = self._evaluated = False
@@ -70,8 +72,8 @@ class QuantController:
             AttachError: A state that cannot follow its sharded weight.
         """
         self.total_steps = total_steps
-        for schedule in self.schedules.values():
-            schedule(0, total_steps)
+        self._now.update(self.values())
+        self._observed = max(self.config.calibration, self.estimator.role(False).calibration(total_steps))
         self._quantizers = [q for _, q in quantizers(self.model)]
         self._weights = {}
         for path, layer in quant_layers(self.model):
@@ -83,6 +85,7 @@ class QuantController:
                 raise AttachError(explain(path, expected, "a sharded one", cure))
         buffers: dict[tuple[str, Schedule], list[Tensor]] = {}
         for q in self._quantizers:
+            q.now = self._now
             for name, schedule in q.estimator.schedules().items():
                 buffers.setdefault((name, schedule), []).append(q._buffers[name])  # type: ignore[arg-type]
         self._scheduled = [(name, schedule, found) for (name, schedule), found in buffers.items()]
@@ -114,12 +117,11 @@ class QuantController:
             value = schedule(step, self.total_steps)
             _fill(buffers, value * loss_scale if name == "lam" else value)
         _fill([q.step for q in self._quantizers if "step" in q._buffers], step)
-        observing = step < self.config.calibration
+        observing = step < self._observed
         if observing or any(q.observing for q in self._quantizers):
             open_observers(self.model, observing)
-        now = self.values()
+        self._now.update(self.values())
         for q in self._quantizers:
-            q.now = now
             if q.measuring != measure:
                 q.measuring = measure
 

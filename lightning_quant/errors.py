@@ -29,7 +29,7 @@ def unknown(kind: str, name: object, known: Iterable[str], where: str) -> str:
     """
     names = sorted(known)
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)
-    cure = f"Did you mean {kind} {near[0]!r}?" if near else f"Use one of the listed {kind}s."
+    cure = f"Did you mean {kind} {near[0]!r}?" if near else "Use one of those."
     return explain(where, "one of " + ", ".join(names), repr(name), cure)
 
 

@@ -13,15 +13,16 @@ from lightning_quant.errors import AttachError
 
 @dataclass(frozen=True)
 class Granularity:
-    """One of tensor, channel, group, token.
+    """One of tensor, channel, group, pixel, token.
 
     Weights are viewed as rows, one per output channel: (out, n) with scales (out, 1) for ``channel`` and
-    (1,) for ``tensor``; (out, G, size) with scales (out, G) for ``group``.  Activations keep their shape,
-    with scales (1,) for ``tensor`` and (..., 1) for ``token``; ``group`` cuts their last dimension into
+    (1,) for ``tensor``; (out, G, size) with scales (out, G) for ``group``; (K, out * in) with scales (K, 1) for
+    ``pixel``, K the places of a convolution's kernel (weights without one: as ``channel``).  Activations keep
+    their shape, with scales (1,) for ``tensor`` and (..., 1) for ``token``; ``group`` cuts their last dimension into
     (..., G, size) with scales (..., G, 1).
 
     Args:
-        kind: tensor, channel, group or token.
+        kind: tensor, channel, group, pixel or token.
         axis: A weight's output-channel dimension (1 for transposed convolutions and GPT-2's Conv1D);
             None for activations.
         group_size: Elements per scale along a row.
@@ -35,8 +36,10 @@ class Granularity:
         """Shape of the scales of a tensor of this shape; refuses a group size that does not divide."""
         if self.kind in ("tensor", "token") or self.axis is None:
             return (1,)
+        if self.kind == "pixel" and len(shape) > 2:
+            return (math.prod(shape[2:]), 1)
         out, row = self.rows(shape)
-        if self.kind == "channel":
+        if self.kind != "group":
             return (out, 1)
         self.check_row(row, where)
         return (out, row // self.group_size)
@@ -64,12 +67,17 @@ class Granularity:
         rows = x.movedim(self.axis, 0) if self.axis else x
         if self.kind == "group":
             return rows.reshape(rows.shape[0], -1, self.group_size)
+        if self.kind == "pixel" and x.ndim > 2:
+            return rows.flatten(2).movedim(2, 0).flatten(1)
         return rows.reshape(rows.shape[0], -1)
 
     def unview(self, y: Tensor, shape: Sequence[int]) -> Tensor:
         """Undo ``view`` (and any further cutting of rows) for a tensor whose original shape was ``shape``."""
         if self.axis is None:
             return y if self.kind != "group" else y.reshape(tuple(shape))
+        if self.kind == "pixel" and len(shape) > 2:
+            out = shape[self.axis]
+            y = y.reshape(len(y), out, -1).movedim(0, 2)
         if not self.axis:
             return y.reshape(tuple(shape))
         moved = [shape[self.axis], *(n for i, n in enumerate(shape) if i != self.axis)]

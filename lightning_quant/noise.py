@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
+_STEP, _SALT = 0x9E3779B1, 0x85EBCA77
+_UNMIXED = _SALT * pow(_STEP, -1, 2**32) & _MASK
 
 
-def uniform(shape: torch.Size, step: Tensor, salt: int) -> Tensor:
+def uniform(shape: torch.Size, step: Tensor, salt: int = 0) -> Tensor:
     """Numbers in [0, 1) on a grid of 2^-24, float32.
 
     Args:
@@ -25,13 +27,21 @@ def uniform(shape: torch.Size, step: Tensor, salt: int) -> Tensor:
     """
     count = shape.numel()
     index = torch.arange(count, dtype=torch.int32 if count < 2**31 else torch.int64, device=step.device)
-    start = (step * 0x9E3779B1 + (salt & _MASK) * 0x85EBCA77) & _MASK
+    start = (step * _STEP + (salt & _MASK) * _SALT) & _MASK
     # In int32, whose products wrap as meant: a third of the time and half of the memory of int64.
     h = index.to(torch.int32).add_(_signed(start).to(torch.int32))
     h = h.bitwise_xor_(_shift(h, 16)).mul_(0x7FEB352D)
     h = h.bitwise_xor_(_shift(h, 15)).mul_(_signed(0x846CA68B))
     h = h.bitwise_xor_(_shift(h, 16))
     return _shift(h, 8).to(torch.float32).mul_(2.0**-24).reshape(shape)
+
+
+def seed(step: Tensor, salt: int) -> Tensor:
+    """A step and a salt in one 0-dim tensor: with it alone ``uniform`` gives what it gives with both.
+
+    Lets noise be drawn where the salt is not at hand, and drawn again instead of kept.
+    """
+    return step + _signed((salt & _MASK) * _UNMIXED & _MASK)
 
 
 _Word = TypeVar("_Word", int, Tensor)

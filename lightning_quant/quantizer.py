@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -41,24 +41,13 @@ class FakeQuantizer(nn.Module):
         device: Device of the state.
     """
 
-    scale: Tensor
-    zero: Tensor
-    offset: Tensor
-    lower: Tensor
-    upper: Tensor
-    log2_threshold: Tensor
-    running: Tensor
-    step: Tensor
-    lam: Tensor
-    share: Tensor
-    sharpness: Tensor
-    alpha: Tensor
-    delta: Tensor
-    theta: Tensor
-    held: Tensor
-    reached: float
     table: Tensor | None
     _place: Tensor
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Tensor:
+            """What the range and the estimator registered."""
 
     def __init__(
         self,
@@ -108,6 +97,7 @@ class FakeQuantizer(nn.Module):
         for name, schedule in estimator.schedules().items():
             value = torch.tensor(schedule.first, dtype=torch.float32, device=device)
             self.register_buffer(name, value, persistent=False)
+        self.memo: dict[str, float] = {}
         self.now = {name: schedule.first for name, schedule in estimator.schedules().items()}
         estimator.state(self)
 
@@ -162,12 +152,13 @@ class FakeQuantizer(nn.Module):
         settings = (self.table, self.grid, self.clips, factor, interior, self.training, self.estimator)
         y: Tensor = FakeQuantize.apply(view, scale, zero, *settings, *inputs)  # type: ignore[no-untyped-call]
         if self.measuring:
-            self._measure(view.detach(), scale.detach(), zero, y.detach())
+            size = mapped.detach().float().square().sum()
+            self._measure(view.detach(), scale.detach(), zero, y.detach(), size)
         if offset is not None:
             y = (y + offset).to(x.dtype)
         if sharing:
             reuse.remember(x, kind, y)
-        return self.granularity.unview(y, x.shape)
+        return self.granularity.unview(y, x.shape).to(x.dtype)
 
     def blocks(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | float, Tensor | None]:
         """``x`` viewed as blocks, less the offset, and the scale, zero point and offset that broadcast to it."""
@@ -179,8 +170,9 @@ class FakeQuantizer(nn.Module):
         if isinstance(zero, Tensor):
             zero, *rest = rest
         if offset is not None:
-            (offset,) = rest
-            view = view.to(torch.promote_types(x.dtype, torch.float32)) - offset
+            wide = torch.promote_types(x.dtype, torch.float32)
+            offset = rest[0].to(wide)  # once, so that both parts of its gradient are summed before they are rounded
+            view = view.to(wide) - offset
         return view, scale, zero, offset
 
     def scale_zero_offset(self, x: Tensor) -> tuple[Tensor, Tensor | float, Tensor | None]:
@@ -224,7 +216,7 @@ class FakeQuantizer(nn.Module):
         """Static ranges that no data has set yet: each sample's own, however a batch is cut."""
         rows = x.reshape(len(x), -1) if x.numel() else x.new_zeros(len(x), 1)
         own = Grid(self.spec.bits, False) if self.range.affine else self.grid
-        scale, zero = own.scale_and_zero(rows.amin(dim=1), rows.amax(dim=1))
+        scale, zero = own.scale_and_zero(*self.observer.range(rows, own))
         shape = (len(x), *(1,) * (x.ndim - 1))
         return scale.reshape(shape), None if zero is None else zero.reshape(shape)
 
@@ -306,6 +298,17 @@ class FakeQuantizer(nn.Module):
     def on_grid(self, weight: Tensor) -> Tensor:
         """The weight as evaluation computes with it, in its own dtype; sharded ones are gathered."""
         code, inputs, scale, zero, offset = self._encode(weight)
+        return self.granularity.unview(self.real(code, scale, zero, offset, inputs), weight.shape).to(weight.dtype)
+
+    def real(
+        self,
+        code: Tensor,
+        scale: Tensor,
+        zero: Tensor | float,
+        offset: Tensor | None,
+        inputs: tuple[Tensor, ...] = (),
+    ) -> Tensor:
+        """Real values of codes in blocks (float), given the range as ``stored`` returns it."""
         level = (
             self.grid.dequantize(code, self.table) if self.table is not None else self.estimator.decode(code, inputs)
         )
@@ -314,9 +317,7 @@ class FakeQuantizer(nn.Module):
         elif zero:
             level = level - zero
         y = level * self.granularity.lift(scale)
-        if offset is not None:
-            y = y + self.granularity.lift(offset)
-        return self.granularity.unview(y, weight.shape).to(weight.dtype)
+        return y if offset is None else y + self.granularity.lift(offset)
 
     def bins(self, view: Tensor, scale: Tensor, zero: Tensor | float, inputs: tuple[Tensor, ...]) -> Bins:
         """Position of blocked inputs on the grid."""
@@ -336,8 +337,8 @@ class FakeQuantizer(nn.Module):
         return self.lam * (2.0 if self.is_weight else 2.0 / max(x.numel(), 1))
 
     @torch.no_grad()
-    def _measure(self, x: Tensor, scale: Tensor, zero: Tensor | float, y: Tensor) -> None:
-        self.measured = {"error": (x - y).float().square().sum() / x.float().square().sum().clamp(min=1e-30)}
+    def _measure(self, x: Tensor, scale: Tensor, zero: Tensor | float, y: Tensor, size: Tensor) -> None:
+        self.measured = {"error": (x - y).float().square().sum() / size.clamp(min=1e-30)}
         term = self.estimator.penalty(self, x, scale, zero)
         if term is not None:
             self.measured["progressive_loss"] = term

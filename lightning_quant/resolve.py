@@ -22,8 +22,8 @@ def resolve_weight(spec: TensorSpec, convolutional: bool, rule: Estimator, where
         where: Path of the tensor, for messages.
 
     Returns:
-        A spec without open fields.  8-bit scales and those of codebooks follow the weights at every step
-        (absmax); others start from the least squared error and are then learned or kept.
+        A spec without open fields.  8-bit scales and those of float formats follow the weights at every
+        step (absmax); others start from the least squared error and are then learned or kept.
 
     Raises:
         ValueError: A combination that makes no sense, with its cure.
@@ -39,7 +39,7 @@ def resolve_weight(spec: TensorSpec, convolutional: bool, rule: Estimator, where
     grid = "int" if spec.grid == "auto" else spec.grid
     dynamic = spec.dynamic
     if dynamic is None:
-        follows = spec.bits == 8 or grid in CODEBOOKS
+        follows = CODEBOOKS[grid].follows if grid in CODEBOOKS else spec.bits == 8
         dynamic = follows and not spec.learn_scale and spec.observer is None and spec.range == "auto"
     learned = False if dynamic else rule.learns_scale if spec.learn_scale is None else spec.learn_scale
     out = replace(
@@ -102,9 +102,10 @@ def check_combination(spec: TensorSpec, rule: Estimator, is_weight: bool, where:
 
     * A method that chooses codes itself (rounds at random, by thresholds) needs a uniform grid.
     * A range with two free ends or a clip, and a power-of-two threshold, need a uniform grid; codebooks are
-      scaled only.
+      scaled only, and those of weights have negative levels.
     * A scale format other than ``float`` needs scales: ``range='scale'`` on a fixed zero point.
     * A range other than ``scale`` is static: it cannot be dynamic too.
+    * Scales per place of a kernel cut weights across channels, so a method must not keep state per channel.
 
     Raises:
         ValueError: A pair that makes no sense, with the cure.
@@ -127,6 +128,13 @@ def check_combination(spec: TensorSpec, rule: Estimator, is_weight: bool, where:
                     f"{where}: grid={spec.grid!r}", "range='scale'", f"range={spec.range!r}", "Levels are only scaled."
                 )
             )
+        if is_weight and not spec.symmetric:
+            cure = "Leave -asym out of the scheme: unsigned levels are for inputs that are never negative."
+            raise ValueError(explain(f"{where}: grid={spec.grid!r}", "signed levels", "symmetric=False", cure))
+    if spec.granularity == "pixel" and overrides(rule, "state", "view"):
+        expected, got = "scales that divide channels, since it keeps state", "granularity='pixel'"
+        cure = "Use 'channel', or a method without state of its own, such as syq, lsq or ste."
+        raise ValueError(explain(f"{where}: method {name}", expected, got, cure))
     if spec.range != "scale" and spec.dynamic:
         raise ValueError(
             explain(

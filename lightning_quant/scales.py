@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-E4M3_MAX = 448.0
+E4M3_MIN, E4M3_MAX = 2.0**-9, 448.0
 
 
 def power_of_two(scale: Tensor, top: float) -> Tensor:
@@ -34,12 +34,16 @@ def e8m0(scale: Tensor, top: float) -> Tensor:
 
 
 def e4m3(scale: Tensor, top: float) -> Tensor:
-    """NVFP4's block scales: E4M3 numbers times one float32 per tensor, the largest scale / 448."""
+    """NVFP4's block scales: E4M3 numbers times one float32 per tensor, the largest scale / 448.
+
+    A scale so far below the largest that it would be rounded to 0 takes the smallest number there is.
+    """
     if scale.numel() == 0:
         return scale
     whole = scale.amax() / E4M3_MAX
     ratio = scale / torch.where(whole > 0, whole, torch.ones_like(whole))
-    return ratio.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).to(scale.dtype) * whole
+    rounded = ratio.clamp(E4M3_MIN, E4M3_MAX).to(torch.float8_e4m3fn).to(scale.dtype) * whole
+    return torch.where(scale > 0, rounded, scale)
 
 
 SCALE_FORMATS: dict[str, Callable[[Tensor, float], Tensor] | None] = {

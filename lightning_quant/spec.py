@@ -20,7 +20,7 @@ from lightning_quant.errors import explain, unknown
 SPEC_VERSION = 1
 WEIGHT_BITS = (1, 1.58, 2, 3, 4, 5, 6, 7, 8)
 ACTIVATION_BITS = (1, 2, 3, 4, 5, 6, 7, 8)
-GRANULARITIES = ("auto", "tensor", "channel", "group", "token")
+GRANULARITIES = ("auto", "tensor", "channel", "group", "pixel", "token")
 TARGETS = ("vllm", "transformers")
 COVERAGE = ("error", "warn", "off")
 DEFAULT_GROUP = 128
@@ -59,7 +59,8 @@ class TensorSpec:
         bits: Width of a code; 1.58 is ternary.
         symmetric: Zero point fixed at 0.  ``None``: decided at attach (asymmetric for static
             activations of convolution networks, symmetric elsewhere).
-        granularity: ``tensor``, ``channel``, ``group`` (weights), ``token`` (activations), or ``auto``:
+        granularity: ``tensor``, ``channel``, ``group``, ``pixel`` (weights; one scale per place of a
+            convolution's kernel, per channel in other layers), ``token`` (activations), or ``auto``:
             weights per channel at 8 bits and in convolution networks, else per group of 128;
             activations per token in networks without convolutions, else per tensor.
         group_size: Elements that share one scale along a row; only with ``group``.

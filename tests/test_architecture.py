@@ -19,7 +19,7 @@ PACKAGES = ("lightning_quant", "hf_integration")
 LAYERS = (
     ("errors", "version", "schedule", "distributed", "noise", "progress", "reuse"),
     ("spec",),
-    ("granularity", "codebooks", "scales"),
+    ("granularity", "codebooks", "scales", "integer"),
     ("grid",),
     ("estimators", "observers", "ranges"),
     ("resolve", "quantizer"),

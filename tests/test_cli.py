@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lightning_quant import ESTIMATORS, OBSERVERS, QuantConfig, attach
+from lightning_quant import QuantConfig, attach
 from lightning_quant.attach import without_quantizers
 from lightning_quant.checkpoint import save_quant_state
 from lightning_quant.cli import main
@@ -60,14 +60,6 @@ def command(*words: object) -> subprocess.CompletedProcess[str]:
         check=False,
         env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
     )
-
-
-def test_methods_lists_every_name_with_its_idea(capsys):
-    assert main(["methods"]) == 0
-    out = capsys.readouterr().out
-    for name, kind in [*ESTIMATORS.items(), *OBSERVERS.items()]:
-        line = next(row for row in out.splitlines() if row.split()[:1] == [name])
-        assert kind.__doc__.strip().splitlines()[0] in line
 
 
 def test_export_then_verify_in_a_process_of_its_own(tmp_path, trained, capsys):

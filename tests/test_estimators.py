@@ -52,7 +52,7 @@ def fact(method, name, default=None):
 
     ``OPTIONS`` for its constructor; ``BITS``, ``KINDS`` and ``ASYMMETRIC``: grids it exists for; ``NEUTRAL``:
     options that make it the straight-through estimator; ``SOFT``: training does not compute with the hard grid;
-    ``UNMASKED``: gradients pass beyond the range.
+    ``UNMASKED``: gradients pass beyond the range; ``STATE``: what its tensors start from, as functions of their shape.
     """
     return getattr(oracle_of(method), name, default)
 
@@ -77,6 +77,7 @@ def quantizer_of(method, kind, dtype=torch.float32, *, bits=None, symmetric=True
         q = FakeQuantizer(spec, Granularity(spec.granularity, 0, size), rule, shape=shape, dtype=dtype, salt=11)
     else:
         dynamic = kind == "token"
+        symmetric = symmetric and fact(whole, "SYMMETRIC", True)
         spec = TensorSpec(bits, symmetric, "token" if dynamic else "tensor", None, dynamic, learn_scale=learn)
         spec = resolve_activation(spec, False, rule)
         x = torch.randn(3, 5, shape[1], dtype=torch.float64)
@@ -88,6 +89,9 @@ def quantizer_of(method, kind, dtype=torch.float32, *, bits=None, symmetric=True
         q.step.fill_(5)
     if isinstance(q._parameters.get("theta"), nn.Parameter):
         q.theta.data.uniform_()
+    for name, start in fact(whole, "STATE", {}).items():
+        if name in q.state_dict():
+            q.state_dict()[name].copy_(torch.from_numpy(start(tuple(q.state_dict()[name].shape))))
     if not spec.dynamic:
         flat = q.granularity.flat(rule.transform(q, x)).detach().double()
         q.set_range(0.7 * flat.amin(dim=1), 0.6 * flat.amax(dim=1))
@@ -121,25 +125,27 @@ def gather(q, x, terms, shape):
 
 def case_of(q, x, g):
     """The quantizer's input and state for its oracle."""
-    xs = array(x)
+    xs, beta = array(x), 0.0
     if q.spec.dynamic and not q.is_weight and q.observer.covers:
-        s, z = oracle.scale_symmetric(np.abs(xs).max(axis=-1, keepdims=True), q.spec.bits), np.zeros_like(xs)
+        absmax = np.abs(array(q.estimator.transform(q, x))).max(axis=-1, keepdims=True)
+        s, z = oracle.scale_symmetric(absmax, q.spec.bits), np.full_like(xs, -0.5 if q.spec.bits == 1 else 0.0)
         wide = torch.promote_types(x.dtype, torch.float32)  # kernels keep these scales in float32
         s = np.broadcast_to(array(tensor(s).to(wide)), xs.shape)
     else:
-        s, z, _ = q.scale_zero_offset(q.estimator.transform(q, x))
+        s, z, beta = q.scale_zero_offset(q.estimator.transform(q, x))
         s = spread(q, x, s)
+        beta = 0.0 if beta is None else spread(q, x, beta)
         z = spread(q, x, z) if isinstance(z, torch.Tensor) else np.full(xs.shape, z)
     tensors = {n: t for n, t in q.state_dict(keep_vars=True).items() if n != "running"}
     state = {n: spread(q, x, t) for n, t in tensors.items()}
     if "theta" in q._buffers:
         state["theta"] = state["theta"] / 255
     return oracle.Case(
-        x=xs,
+        x=xs - beta,
         g=array(g),
         s=s,
         z=z,
-        low=oracle.bounds(q.spec.bits)[0],
+        low=oracle.bounds(q.spec.bits)[0] + (q.spec.narrow and bool(q.spec.symmetric) and q.spec.bits > 1.58),
         high=oracle.bounds(q.spec.bits)[1],
         bits=q.spec.bits,
         clips=q.clips,
@@ -147,6 +153,7 @@ def case_of(q, x, g):
         step=5,
         salt=q.salt,
         scale_shape=q.scale_shape,
+        offset=beta,
         options={f.name: getattr(q.estimator, f.name) for f in fields(q.estimator) if f.init},
         state=state,
         schedules={n: array(q._buffers[n]).item() for n in q.estimator.schedules()},
@@ -154,20 +161,22 @@ def case_of(q, x, g):
 
 
 def expected(method, q, x, g):
-    """(y, dL/dx, dL/ds, dL/dstate) by the method's oracle."""
+    """(y, dL/dx, dL/d of the range's parameters, dL/dstate) by the method's oracle."""
     case = case_of(q, x, g)
     result = oracle_of(method).expected(case)
     terms = oracle.scale_terms(case, result)
-    gs = None
-    if "scale" in q._parameters:
-        n = x.numel() // q.scale.numel() if q.is_weight else math.prod(x.shape[1:])
-        gs = gather(q, x, terms, q.scale.shape) / np.sqrt(n * max(case.high, 1))
+    ranges = {}
+    if q.range_parameters():
+        n = x.numel() // math.prod(q.scale_shape) if q.is_weight else math.prod(x.shape[1:])
+        of_scale, of_offset = (gather(q, x, t, q.scale_shape) for t in (terms, case.g - result.x))
+        scale = array(q.scale_zero_offset(x)[0])
+        ranges = oracle.range_gradients(q.spec.range, of_scale, of_offset, n, (case.low, case.high), scale)
     state = {
         name: gather(q, x, terms, q._parameters[name].shape)
         for name, terms in result.state.items()
         if name in q._parameters
     }
-    return result.y, result.x, gs, state
+    return result.y + case.offset, result.x, ranges, state
 
 
 def close(got, want, dtype, what):
@@ -196,12 +205,12 @@ def check(method, q, x):
     y = q(x)
     assert y.dtype == x.dtype
     y.backward(g)
-    want_y, want_x, want_s, want_state = expected(method, q, x, g)
+    want_y, want_x, want_range, want_state = expected(method, q, x, g)
     close(y, array(tensor(want_y).to(x.dtype)), x.dtype, "output")
     close(x.grad, want_x, x.dtype, "gradient of x")
     assert (array(x.grad)[want_x == 0] == 0).all()
-    if want_s is not None:
-        close(q.scale.grad, want_s, x.dtype, "gradient of the scale")
+    for name, want in want_range.items():
+        close(q._parameters[name].grad, want, x.dtype, f"gradient of the range's {name}")
     learned = dict(q.named_parameters())
     assert set(want_state) == set(learned) - set(q.range.initial())
     for name, want in want_state.items():
@@ -494,6 +503,16 @@ def test_compile_equals_eager_and_schedules_do_not_recompile(method, kind):
     assert count.frame_count == 1
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's tracer does it
+@pytest.mark.parametrize(("method", "kind"), [(m, k) for m, k in CASES if k in ("group", "static")])
+def test_compiled_where_no_gradient_is_wanted(method, kind):
+    """Dynamo traces autograd functions another way there."""
+    q, x = quantizer_of(method, kind)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(q, fullgraph=True, backend="eager")(x), q(x))
+
+
 @pytest.mark.parametrize("method", ESTIMATORS)
 def test_autocast_changes_nothing_for_float_tensors(method):
     q, x = quantizer_of(method, kinds_of(method)[0])
@@ -523,8 +542,8 @@ def test_unknown_names():
         build_estimator("pegee")
     with pytest.raises(ValueError, match=r"options of method 'ewgs': .*got 'dleta'. Did you mean option 'delta'"):
         build_estimator("ewgs", {"dleta": 1})
-    with pytest.raises(ValueError, match=r"options of method 'ste': .*\(none\), got 'delta'"):
-        build_estimator("ste", {"delta": 1})
+    with pytest.raises(ValueError, match=r"options of method 'stochastic': .*\(none\), got 'delta'"):
+        build_estimator("stochastic", {"delta": 1})
     mine = Ewgs(0.5)
     assert build_estimator(mine) is mine
 

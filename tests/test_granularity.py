@@ -22,6 +22,11 @@ from lightning_quant.granularity import Granularity
         ("group", 0, 4, (6, 8), (6, 2)),
         ("group", 1, 3, (6, 8), (8, 2)),
         ("group", 0, 25, (4, 3, 5, 5), (4, 3)),
+        ("pixel", 0, 0, (4, 3, 5, 2), (10, 1)),
+        ("pixel", 1, 0, (4, 3, 5, 2), (10, 1)),
+        ("pixel", 0, 0, (4, 3, 7), (7, 1)),
+        ("pixel", 0, 0, (6, 8), (6, 1)),
+        ("pixel", 1, 0, (6, 8), (8, 1)),
         ("token", None, 0, (2, 3, 8), (1,)),
     ],
 )
@@ -47,7 +52,7 @@ def test_channel_axis_1_groups_run_along_the_input():
 
 
 @given(
-    st.sampled_from(["tensor", "channel", "group"]),
+    st.sampled_from(["tensor", "channel", "group", "pixel"]),
     st.integers(0, 1),
     st.lists(st.integers(1, 4), min_size=2, max_size=5),
 )
@@ -56,6 +61,16 @@ def test_unview_undoes_view(kind, axis, shape):
     size = x.numel() // shape[axis]
     granularity = Granularity(kind, axis, size)
     assert torch.equal(granularity.unview(granularity.view(x), x.shape), x)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_pixels_hold_one_place_of_the_kernel_of_all_channels(axis):
+    weight = torch.randn(2, 3, 5, 4)
+    view = Granularity("pixel", axis).view(weight)
+    assert view.shape == (20, 6)
+    for i in range(5):
+        for j in range(4):
+            assert torch.equal(view[4 * i + j].sort()[0], weight[:, :, i, j].flatten().sort()[0])
 
 
 @pytest.mark.parametrize("axis", [0, 1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,26 +11,114 @@ from torch import tensor
 
 from lightning_quant.grid import Grid
 from lightning_quant.observers import OBSERVERS, build_observer
+from lightning_quant.observers.absmean import AbsMean
 from lightning_quant.observers.ema import Ema
+from lightning_quant.observers.half_gauss import STEPS, HalfGauss, HalfGaussUnit
 from lightning_quant.observers.minmax import MinMax
 from lightning_quant.observers.mse import Mse
+from lightning_quant.observers.twn import Twn as TwnObserver
+from lightning_quant.observers.unit import Unit
 from tests import oracle
+from tests.oracle.hwgq import best_step
 
 ROWS = tensor([[-3.0, 0.5, 2.0], [0.0, 0.0, 0.0], [1.0, 4.0, 2.0]])
+
+
+# Ranges of a distribution with the data's moments; they may lie beyond the data.
+MODELLED = {"lsq_init", "three_sigma", "half_gauss", "rms"}
 
 
 @pytest.mark.parametrize("name", OBSERVERS)
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_contract(name, symmetric):
-    """One (low, high) per row, ordered, inside the data, untouched input; zeros and single elements work."""
+    """One (low, high) per row, ordered, untouched input; zeros and single elements work.
+
+    The range lies inside the data, or inside its magnitudes where both ends are as far from 0.
+    """
     for rows in (ROWS, torch.zeros(2, 5), torch.randn(4, 1), torch.randn(3, 64)):
         before = rows.clone()
         low, high = OBSERVERS[name]().range(rows, Grid(4, symmetric))
         assert low.shape == high.shape == (len(rows),)
         assert (low <= high).all()
         assert torch.equal(rows, before)
-        assert (high <= rows.amax(dim=1).clamp(min=0)).all()
-        assert (low >= rows.amin(dim=1).clamp(max=0)).all()
+        assert low.isfinite().all()
+        assert high.isfinite().all()
+        if OBSERVERS[name].data_free or name in MODELLED:
+            continue
+        size = rows.abs().amax(dim=1) * (1 + 1e-6) + 1e-7
+        mirrored = low == -high
+        assert (high <= size.where(mirrored, rows.amax(dim=1).clamp(min=0))).all()
+        assert (low >= (-size).where(mirrored, rows.amin(dim=1).clamp(max=0))).all()
+
+
+@pytest.mark.parametrize("name", [n for n, kind in OBSERVERS.items() if kind.data_free])
+def test_data_free_ranges_need_no_data(name):
+    none = OBSERVERS[name]().range(torch.empty(2, 0), Grid(3, False))
+    some = OBSERVERS[name]().range(torch.randn(2, 9), Grid(3, False))
+    assert torch.equal(none[0], some[0])
+    assert torch.equal(none[1], some[1])
+
+
+@pytest.mark.parametrize(("symmetric", "low"), [(True, -1), (False, 0)])
+def test_unit(symmetric, low):
+    assert [end.tolist() for end in Unit().range(ROWS, Grid(2, symmetric))] == [[low] * 3, [1] * 3]
+
+
+def test_absmean_hand_values():
+    """XNOR-Net's alpha; the average over steps is that of ema."""
+    row = tensor([[0.5, -0.1, 0.3, -0.8, 0.05, 0.02]])
+    low, high = AbsMean().range(row, Grid(1))
+    assert high.item() == -low.item() == pytest.approx(0.295)
+    low, high = AbsMean(decay=0.75).merge((tensor([-1.0]), tensor([1.0])), (tensor([-5.0]), tensor([5.0])))
+    assert (low.item(), high.item()) == (-2, 2)
+
+
+def test_absmean_has_the_least_squared_error_of_two_levels():
+    row = torch.randn(1, 500, dtype=torch.float64) ** 3
+    best = AbsMean().range(row, Grid(1))[1]
+    errors = [(row - a * row.sign()).square().sum() for a in (0.99 * best, best, 1.01 * best)]
+    assert errors[1] < min(errors[0], errors[2])
+
+
+def test_mean_of_bfloat16_is_taken_in_float32():
+    row = (1 + torch.rand(1, 4096)).bfloat16()
+    for kind in (AbsMean, TwnObserver):
+        high = kind().range(row, Grid(1))[1]
+        assert high.dtype == torch.float32
+        assert high.item() == pytest.approx(kind().range(row.double(), Grid(1))[1].item(), rel=1e-6)
+
+
+def test_twn_hand_values():
+    row = tensor([[0.5, -0.1, 0.3, -0.8, 0.05, 0.02]])
+    assert TwnObserver().range(row, Grid(1.58))[1].item() == pytest.approx(0.53333333)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_half_gauss_steps_have_the_least_squared_error(bits):
+    """Stationary: sum of k E[x; x gets k] = q sum of k^2 P(x gets k), with closed forms on the half normal."""
+    q, levels = STEPS[bits - 1], 2**bits - 1
+    edges = [0.0, *((k + 0.5) * q for k in range(1, levels)), math.inf]
+    density = [math.sqrt(2 / math.pi) * math.exp(-e * e / 2) for e in edges]
+    below = [math.erf(e / math.sqrt(2)) for e in edges]
+    first = sum(k * (density[k - 1] - density[k]) for k in range(1, levels + 1))
+    second = sum(k * k * (below[k] - below[k - 1]) for k in range(1, levels + 1))
+    assert first / second == pytest.approx(q, rel=2e-7)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_half_gauss_steps_by_search(bits):
+    assert STEPS[bits - 1] == pytest.approx(best_step(bits), rel=2e-4)
+
+
+def test_half_gauss_measures_the_rms_of_positive_values():
+    rows = tensor([[3.0, -100.0, 4.0, 0.0], [-1.0, 0.0, -2.0, -5.0]])
+    low, high = HalfGauss().range(rows, Grid(2, False))
+    assert low.tolist() == [0, 0]
+    assert high.tolist() == pytest.approx([math.sqrt(12.5) * 3 * 0.53881192, 0])
+    assert HalfGaussUnit().range(rows, Grid(2, False))[1].tolist() == pytest.approx([3 * 0.53881192] * 2)
+    normal = torch.randn(1, 100000, generator=torch.Generator().manual_seed(0)) * 2.5
+    for data in (normal, normal.relu()):
+        assert HalfGauss().range(data, Grid(1, False))[1].item() == pytest.approx(2.5 * 0.79788456, rel=0.01)
 
 
 def test_minmax():

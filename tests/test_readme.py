@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 from lightning_quant import ESTIMATORS, OBSERVERS
+from lightning_quant.codebooks import CODEBOOKS
+from lightning_quant.ranges import RANGES
+from lightning_quant.scales import SCALE_FORMATS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -26,18 +29,20 @@ def rows(first_column: str) -> dict[str, list[str]]:
     return found
 
 
-def test_every_method_and_observer_has_its_row_with_paper_file_and_test():
-    for title, table, package in (("method", ESTIMATORS, "estimators"), ("observer", OBSERVERS, "observers")):
-        found = rows(title)
-        assert list(found) == list(table)
-        for name, kind in table.items():
-            cells = found[name]
-            assert re.search(r"\d{4}", cells[2]), name
-            file = re.search(r"\]\((.*?)\)", cells[3])[1]
-            assert file == kind.__module__.replace(".", "/") + ".py"
-            test = ROOT / re.search(r"\]\((.*?)\)", cells[4])[1]
-            assert name in test.read_text(encoding="utf-8") or "ESTIMATORS" in test.read_text(encoding="utf-8")
-        assert package in file
+def test_every_method_has_its_row_with_paper_file_and_oracle():
+    found = rows("method")
+    assert list(found) == list(ESTIMATORS)
+    for name, kind in ESTIMATORS.items():
+        cells = found[name]
+        assert re.search(r"\d{4}", cells[2]), name
+        assert re.search(r"\]\((.*?)\)", cells[7])[1] == kind.__module__.replace(".", "/") + ".py"
+        assert re.search(r"\]\((.*?)\)", cells[8])[1] == f"tests/oracle/{name}.py"
+
+
+def test_every_part_has_its_row():
+    for title, table in (("observer", OBSERVERS), ("range", RANGES), ("scale format", SCALE_FORMATS)):
+        assert list(rows(title)) == list(table)
+    assert list(rows("grid")) == ["int", "midrise", *CODEBOOKS]
 
 
 def test_links_point_at_files():

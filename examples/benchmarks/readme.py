@@ -19,6 +19,8 @@ sys.path.insert(0, str(HERE.parent))
 import overhead  # noqa: E402
 from demo import table as demo_table  # noqa: E402
 
+from lightning_quant import ESTIMATORS, catalog  # noqa: E402
+
 
 def results(name: str) -> dict[str, Any]:
     return json.loads((HERE / "results" / f"{name}.json").read_text(encoding="utf-8"))
@@ -34,7 +36,28 @@ def demo_section() -> str:
     )
 
 
-SECTIONS = {"overhead": lambda: overhead.table(results("overhead")), "demo": demo_section}
+def methods_section() -> str:
+    lines = [
+        "| method | what | paper | bits | learned | kept in training | bytes per weight | file | test |",
+        "|---" * 9 + "|",
+    ]
+    for row in catalog.methods():
+        kind = ESTIMATORS[row.name]
+        links = [f"[{n}](https://arxiv.org/abs/{n})" for n in kind.about.link.split(", ") if n]
+        paper = ", ".join([kind.about.paper, *links])
+        file = kind.__module__.replace(".", "/") + ".py"
+        where = f"[{Path(file).name}]({file}) | [oracle](tests/oracle/{row.name}.py)"
+        what = row.what.rstrip(".")
+        cells = f"{paper} | {row.bits} | {row.learned} | {row.state} | {row.memory:.3g}"
+        lines.append(f"| `{row.name}` | {what} | {cells} | {where} |")
+    for title, parts in catalog.parts().items():
+        if title != "curves of schedules":
+            lines += ["", f"| {title[:-1]} | what |", "|---|---|"]
+            lines += [f"| `{name}` | {line.rstrip('.').replace('|', chr(92) + '|')} |" for name, line in parts.items()]
+    return "\n".join(lines).replace("``", "`")
+
+
+SECTIONS = {"methods": methods_section, "overhead": lambda: overhead.table(results("overhead")), "demo": demo_section}
 
 
 def filled(text: str) -> str:

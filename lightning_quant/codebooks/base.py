@@ -16,13 +16,13 @@ class Codebook(ABC):
     """Levels, up to a scale: a code is the place of its level in ascending order.
 
     Class attributes: ``widths``, the bit widths it exists for; ``covers``, whether a scale set by the largest
-    magnitude puts all data between the outermost levels; ``group_size``, elements per scale where the format
-    fixes it (None: free).
+    magnitude puts all data between the outermost levels; ``follows``, whether weights' scales are taken from the
+    largest magnitude at every step unless the user says otherwise, as storage formats do.
     """
 
     widths: ClassVar[tuple[float, ...]] = ()
     covers: ClassVar[bool] = True
-    group_size: ClassVar[int | None] = None
+    follows: ClassVar[bool] = False
 
     @abstractmethod
     def levels(self, bits: float, signed: bool) -> tuple[float, ...]:

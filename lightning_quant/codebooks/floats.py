@@ -40,6 +40,7 @@ class SmallFloat(Codebook):
     bias: int = 7
     largest: float = 448.0
     widths: ClassVar[tuple[float, ...]] = (8,)
+    follows: ClassVar[bool] = True
 
     def levels(self, bits: float, signed: bool) -> tuple[float, ...]:
         """All finite values, with one zero."""

@@ -36,6 +36,7 @@ class Nf4(Codebook):
     """
 
     widths: ClassVar[tuple[float, ...]] = (4,)
+    follows: ClassVar[bool] = True
 
     def levels(self, bits: float, signed: bool) -> tuple[float, ...]:
         """The 16 constants; the nonnegative 9 of them unsigned."""

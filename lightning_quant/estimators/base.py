@@ -175,7 +175,7 @@ class Estimator:
 
     def gradient(self, g: Tensor, bins: Bins | None, inputs: tuple[Tensor, ...]) -> Gradient:
         """The rule.  ``bins`` is None only if ``needs_bins`` is False and nothing else asked for it."""
-        return Gradient(g, g, ())
+        return Gradient(g, g, (None,) * len(inputs))
 
     @property
     def needs_bins(self) -> bool:
@@ -199,6 +199,10 @@ class Estimator:
 
     def take_curvature(self, quantizer: FakeQuantizer, trace: float, spread: float) -> None:
         """What was measured at the quantizer's output: see ``curvature.curvature``."""
+
+    def calibration(self, total: int | None) -> int:
+        """Optimizer steps in which static input ranges follow the data at least: see ``QuantConfig.calibration``."""
+        return 0
 
     def metrics(self, quantizer: FakeQuantizer) -> Mapping[str, Tensor]:
         """State worth logging, by name, each a 0-dim tensor."""
@@ -255,36 +259,26 @@ class FakeQuantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        x: Tensor,
-        scale: Tensor,
-        zero: Tensor | float,
-        table: Tensor | None,
-        grid: Grid,
-        clips: bool,
-        factor: float,
-        interior: bool,
-        training: bool,
-        rule: Estimator,
-        *inputs: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:  # type: ignore[override]
         """Quantize.
 
-        Args:
-            ctx: Autograd's context.
-            x: Real input, any floating dtype.
-            scale: Real scales, broadcastable.
-            zero: Zero points in code units, or one number.
-            table: The grid's codebook (``Grid.table``), or None.
-            grid: What codes stand for.
-            clips: Whether values can lie outside the range (False under dynamic absmax scales).
-            factor: What the scale's gradient is multiplied with.
-            interior: Whether values inside the range move the scale.
-            training: Let the rule blend float values into the output and draw random numbers.
-            rule: The estimator.
-            inputs: Its tensors.
+        Dynamo takes ``ctx`` away from functions that have as many parameters as ``apply`` got arguments, where no
+        gradient is wanted: hence ``args``, in this order.
+
+        * scale: Real scales, broadcastable.
+        * zero: Zero points in code units, or one number.
+        * table: The grid's codebook (``Grid.table``), or None.
+        * grid: What codes stand for.
+        * clips: Whether values can lie outside the range (False under dynamic absmax scales).
+        * factor: What the scale's gradient is multiplied with.
+        * interior: Whether values inside the range move the scale.
+        * training: Let the rule blend float values into the output and draw random numbers.
+        * rule: The estimator.
+        * Its tensors.
         """
+        scale, zero, table, grid, clips, factor, interior, training, rule, *rest = args
+        inputs: tuple[Tensor, ...] = tuple(rest)
+        y: Tensor
         if clips or rule.needs_bins or ctx.needs_input_grad[1]:
             tensors = (zero, table) if isinstance(zero, Tensor) else (table,)
             ctx.save_for_backward(x, scale, *tensors, *inputs)

@@ -34,8 +34,9 @@ class Dsq(Estimator):
         state_lr: Learning rate of alpha as a factor on its layer's.
 
     Source: Gong et al., "Differentiable Soft Quantization", ICCV 2019, arXiv:1908.05033, eqs. 5-9.
-    Deviation: the range is one learned scale (LSQ's gradient) instead of two learned bounds; the forward is
-    the hard staircase at training time too, as in the authors' training pipeline.
+    Deviation: the range is one learned scale (LSQ's gradient, which sees the hard staircase); ``range="bounds"``
+    has the paper's two learned ends, whose gradients are those of the soft staircase.  The forward is the hard
+    staircase at training time too, as in the authors' training pipeline.
     """
 
     about: ClassVar[About] = About("Gong et al. 2019", "1908.05033", "1-8", "scale or bounds, alpha")
@@ -78,13 +79,14 @@ class Dsq(Estimator):
         return {"alpha": self.state_lr} if self._schedule is None else {}
 
     def inputs(self, quantizer: FakeQuantizer, x: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
-        """Alpha, shape (1,) or 0-dim."""
-        return (quantizer.alpha,)
+        """Alpha, shape (1,) or 0-dim; under ``bounds`` once more, which asks for the soft staircase."""
+        alpha = quantizer.alpha
+        return (alpha, alpha.detach()) if quantizer.spec.range == "bounds" else (alpha,)
 
     def gradient(self, g: Tensor, bins: Bins | None, inputs: tuple[Tensor, ...]) -> Gradient:
         """See the class."""
         assert bins is not None
-        (alpha,) = inputs
+        alpha, *ends = inputs
         a = alpha.to(g.dtype)
         s = 1 / (1 - a)
         hardness = torch.log(2 / a - 1)
@@ -92,11 +94,13 @@ class Dsq(Estimator):
         # tanh(z) = 2 sigmoid(2z) - 1 and sech^2(z) = 4 sigmoid(2z) (1 - sigmoid(2z)): a sixth of tanh's cost.
         sigmoid = torch.sigmoid_(r * (2 * hardness))
         task = torch.ops.aten.sigmoid_backward(g, sigmoid).mul_(2 * s * hardness)
+        soft = torch.addcmul(bins.u - r, sigmoid - 0.5, s) if ends else None
+        rest = (None,) * len(ends)
         if self._schedule is not None:
-            return Gradient(task, task, (None,))
+            return Gradient(task, task, (None, *rest), soft)
         steeper = _total(sigmoid.sub_(0.5).mul_(g), bins.scale) * (s * s)
         narrower = _total(r.mul_(task), bins.scale) * (2 / (a * (2 - a) * hardness))
-        return Gradient(task, task, ((steeper - narrower).to(alpha.dtype).reshape(alpha.shape),))
+        return Gradient(task, task, ((steeper - narrower).to(alpha.dtype).reshape(alpha.shape), *rest), soft)
 
     def project(self, quantizer: FakeQuantizer, weight: Tensor | None = None) -> None:
         """Keep a learned alpha inside [floor, ceiling]."""

@@ -36,8 +36,9 @@ class Ewgs(Estimator):
     Source: Lee, Kim, Ham, "Network Quantization with Element-wise Gradient Scaling", CVPR 2021,
     arXiv:2104.00903, eqs. 5 and 9.
     Deviation: the scale is learned with LSQ's gradient on a symmetric grid in place of two free bounds
-    (``range="bounds"`` has them), and there is no output factor |alpha|.  The Hessian is that of one batch instead
-    of the mean over three.
+    (``range="bounds"`` has them; the levels are real, so that they move with the ends and add to their gradients what
+    the paper's normalized output lacks), and there is no output factor |alpha|.  The Hessian is that of one batch
+    instead of the mean over three.
     """
 
     about: ClassVar[About] = About("Lee, Kim, Ham 2021", "2104.00903", "1-8", "scale or bounds")

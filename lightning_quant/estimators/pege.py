@@ -22,6 +22,7 @@ THETA = ("element", "group", "channel")
 THETA_DTYPES = ("uint8", "float32")
 GROUP = 64
 ADAM_BYTES = 16
+SOFTEST, SHARPEST = 2.0, 8.0
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Pege(Estimator):
     ``g_x = (g + 2 lam(t) e) * D``, ``g_b = sum scale * (g + 2 lam(t) e) * (phi - r)``: the gradient of the
     task loss passed straight to F plus that of the progressive loss ``lam(t) * ||F(x) - Q(x)||^2``
     (sum over a weight's elements, mean over an activation's), in which Q and the scale are constants.
+    A learned k has the same with ``dF/dk = b * (r sech^2(k r) T - tanh(k r) sech^2(k/2) / 2) / (2 T^2)``, which is 0
+    as long as b is.
 
     Args:
         theta: What shares one b: ``element``, ``group`` (the scale's own group, or 64 elements of a row
@@ -45,14 +48,16 @@ class Pege(Estimator):
         theta_dtype: ``uint8`` (b = q/255, updated with stochastic rounding and no optimizer state) or
             ``float32``; only for ``element``.
         initial: b at the start.
-        sharpness: k: a number, or the fields of a ``Schedule``.
+        sharpness: k: a number, the fields of a ``Schedule``, or ``"learned"``: a parameter of Theta's shape (one
+            per channel where b has one per element, uint8 or not), kept in [2, 8].
+        initial_sharpness: Where a learned k starts.
         lam: lam(t): a number, or the fields of a ``Schedule``.
-        state_lr: Learning rate of b as a factor on its layer's; for uint8, the root mean square of the
-            step of b itself is ``uint8_lr``.
+        state_lr: Learning rate of b and of a learned k as a factor on their layer's; for uint8, the root mean
+            square of the step of b itself is ``uint8_lr``.
         uint8_lr: See ``state_lr``.
 
-    Source: the behaviour asked for by the project's brief; the name and the progressive co-optimisation of
-    discretization error are those of Zhao, arXiv:2509.00097 (abstract); see ``pege_replace`` for the
+    Source: the name and the progressive co-optimisation of discretization error are those of Zhao,
+    arXiv:2509.00097 (abstract); see ``pege_replace`` for the
     replacement curriculum that abstract describes.
     Deviation: the form of F is our own construction.
     """
@@ -67,6 +72,7 @@ class Pege(Estimator):
     lam: Any = field(default_factory=lambda: {"curve": "cosine", "start": 0.0, "end": 1e-3, "delay": 0.3})
     state_lr: float = 10.0
     uint8_lr: float = 0.01
+    initial_sharpness: float = 4.0
     learns_scale: ClassVar[bool] = True
     _sharpness: Schedule = field(init=False, repr=False, default=Schedule())
     _lam: Schedule = field(init=False, repr=False, default=Schedule())
@@ -78,10 +84,20 @@ class Pege(Estimator):
             raise ValueError(unknown("dtype", self.theta_dtype, THETA_DTYPES, "pege.theta_dtype"))
         if not 0 <= self.initial <= 1:
             raise ValueError(explain("pege.initial", "a number in [0, 1]", self.initial, "0 starts at STE."))
-        object.__setattr__(self, "_sharpness", as_schedule(self.sharpness, "pege.sharpness"))
         object.__setattr__(self, "_lam", as_schedule(self.lam, "pege.lam"))
+        if not SOFTEST <= self.initial_sharpness <= SHARPEST:
+            got, expected = self.initial_sharpness, f"a number in [{SOFTEST:g}, {SHARPEST:g}]"
+            raise ValueError(explain("pege.initial_sharpness", expected, got, "Use 4."))
+        if self.learns_sharpness:
+            return
+        object.__setattr__(self, "_sharpness", as_schedule(self.sharpness, "pege.sharpness"))
         if min(self._sharpness.values) <= 0:
-            raise ValueError(explain("pege.sharpness", "values above 0", self.sharpness, "Use 2 to 8."))
+            raise ValueError(explain("pege.sharpness", "values above 0", self.sharpness, "Use 2 to 8, or 'learned'."))
+
+    @property
+    def learns_sharpness(self) -> bool:
+        """Whether k is a parameter."""
+        return isinstance(self.sharpness, str) and self.sharpness == "learned"
 
     @property
     def needs_bins(self) -> bool:
@@ -94,19 +110,24 @@ class Pege(Estimator):
         return self.theta == "element" and self.theta_dtype == "uint8"
 
     def schedules(self) -> Mapping[str, Schedule]:
-        """lam(t) and k(t)."""
-        return {"lam": self._lam, "sharpness": self._sharpness}
+        """lam(t) and k(t), unless k is learned."""
+        return {"lam": self._lam} if self.learns_sharpness else {"lam": self._lam, "sharpness": self._sharpness}
 
     def fit(self, rows: Mapping[str, tuple[int, int]], scales: Mapping[str, tuple[int, ...]]) -> Pege:
         """Choose the granularity of Theta under ``theta_bytes``; explicit choices that exceed it are refused."""
         if self.theta != "auto" and self.theta_bytes is None:
             return self
         weights = sum(math.prod(s) for s in rows.values())
+        channels = ADAM_BYTES * sum(out for out, _ in rows.values())
+        groups = ADAM_BYTES * sum(math.prod(_group_shape(rows[p], scales[p])) for p in rows)
         bytes_of = {
             "element": weights * (1 if self.theta_dtype == "uint8" else ADAM_BYTES),
-            "group": ADAM_BYTES * sum(math.prod(_group_shape(rows[p], scales[p])) for p in rows),
-            "channel": ADAM_BYTES * sum(out for out, _ in rows.values()),
+            "group": groups,
+            "channel": channels,
         }
+        if self.learns_sharpness:
+            for name, more in (("element", channels), ("group", groups), ("channel", channels)):
+                bytes_of[name] += more
         for name in THETA if self.theta == "auto" else (self.theta,):
             if self.theta_bytes is None or bytes_of[name] <= self.theta_bytes:
                 return replace(self, theta=name)
@@ -121,7 +142,7 @@ class Pege(Estimator):
         )
 
     def state(self, quantizer: FakeQuantizer) -> None:
-        """Theta: a parameter, or a uint8 buffer together with the optimizer step."""
+        """Theta: a parameter, or a uint8 buffer together with the optimizer step; a learned k is a parameter."""
         if not quantizer.is_weight:
             b = torch.full((quantizer.channels,), self.initial)
         elif self.theta == "element":
@@ -136,13 +157,18 @@ class Pege(Estimator):
             quantizer.track_step()
         else:
             quantizer.register_parameter("theta", nn.Parameter(b.to(quantizer.dtype)))
+        if self.learns_sharpness:
+            shape = (quantizer.rows[0], 1) if quantizer.is_weight and self.theta == "element" else b.shape
+            k = torch.full(shape, self.initial_sharpness, dtype=quantizer.dtype, device=quantizer.device)
+            quantizer.register_parameter("sharpness", nn.Parameter(k))
 
     def _is_uint8(self, quantizer: FakeQuantizer) -> bool:
         return quantizer.is_weight and self.theta == "element" and self.theta_dtype == "uint8"
 
     def learned(self, quantizer: FakeQuantizer) -> Mapping[str, float]:
-        """Theta, unless it is uint8."""
-        return {} if self._is_uint8(quantizer) else {"theta": self.state_lr}
+        """Theta, unless it is uint8, and a learned k."""
+        names = ["theta"] * (not self._is_uint8(quantizer)) + ["sharpness"] * self.learns_sharpness
+        return dict.fromkeys(names, self.state_lr)
 
     def view(self, quantizer: FakeQuantizer, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Rows cut into Theta's groups where the scale's blocks are coarser."""
@@ -155,32 +181,32 @@ class Pege(Estimator):
         return rows, scale.reshape(-1, 1, 1) if scale.numel() > 1 else scale
 
     def inputs(self, quantizer: FakeQuantizer, x: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
-        """B (or its uint8 code) lifted to broadcast against ``x``, the sharpness, the pull's factor."""
-        return self._b(quantizer, x), quantizer.sharpness, quantizer.pull_factor(x)
+        """B (or its uint8 code) and k, lifted to broadcast against ``x``, and the pull's factor."""
+        k = quantizer.sharpness
+        if self.learns_sharpness:
+            k = self._lift(quantizer, k, x)
+        return self._lift(quantizer, quantizer.theta, x), k, quantizer.pull_factor(x)
 
-    def _b(self, quantizer: FakeQuantizer, x: Tensor) -> Tensor:
-        b = quantizer.theta
+    def _lift(self, quantizer: FakeQuantizer, values: Tensor, x: Tensor) -> Tensor:
         if not quantizer.is_weight:
-            return quantizer.per_channel(b, x)
-        if self.theta == "element":
-            return quantizer.granularity.view(b).reshape(x.shape)
-        return b.reshape(b.shape[0], *(1,) * (x.ndim - 1)) if self.theta == "channel" else b.unsqueeze(-1)
+            return quantizer.per_channel(values, x)
+        if self.theta == "group":
+            return values.unsqueeze(-1)
+        if self.theta == "element" and values.shape == quantizer.shape:
+            return quantizer.granularity.view(values).reshape(x.shape)
+        return values.reshape(values.shape[0], *(1,) * (x.ndim - 1))
 
     def gradient(self, g: Tensor, bins: Bins | None, inputs: tuple[Tensor, ...]) -> Gradient:
         """See the class."""
         assert bins is not None
         b, sharpness, factor = inputs
-        surrogate = _Surrogate.at(bins, b, sharpness)
+        surrogate = _Surrogate.at(bins, b, sharpness, self.learns_sharpness)
         total = torch.addcmul(g, surrogate.error, bins.scale.to(g.dtype) * factor.to(g.dtype))
         task = g * surrogate.slope
-        grad_b = None
-        if b.is_floating_point():
-            terms = surrogate.gap.mul_(total)
-            if _is_shared(bins.scale.shape, b.shape):
-                grad_b = terms.sum_to_size(b.shape).mul_(bins.scale).to(b.dtype)
-            else:
-                grad_b = terms.mul_(bins.scale).sum_to_size(b.shape).to(b.dtype)
-        return Gradient(total.mul_(surrogate.slope), task, (grad_b, None, None))
+        grad_b = _shared_sum(surrogate.gap.mul_(total), bins.scale, b) if b.is_floating_point() else None
+        turn = surrogate.turn
+        grad_k = None if turn is None else _shared_sum(turn.mul_(total), bins.scale, sharpness)
+        return Gradient(total.mul_(surrogate.slope), task, (grad_b, grad_k, None))
 
     def penalty(self, quantizer: FakeQuantizer, x: Tensor, scale: Tensor, zero: Tensor | float) -> Tensor | None:
         """lam(t) * ||F(x) - Q(x)||^2."""
@@ -190,9 +216,11 @@ class Pege(Estimator):
         return error.square().sum() * factor / 2
 
     def project(self, quantizer: FakeQuantizer, weight: Tensor | None = None) -> None:
-        """Keep b inside [0, 1]."""
+        """Keep b inside [0, 1] and a learned k inside [2, 8]."""
         if quantizer.theta.is_floating_point():
             quantizer.theta.data.clamp_(0.0, 1.0)
+        if self.learns_sharpness:
+            quantizer.sharpness.data.clamp_(SOFTEST, SHARPEST)
 
     def before_optimizer_step(self, quantizer: FakeQuantizer, weight: Tensor) -> None:
         """Step of a uint8 Theta: b -= uint8_lr * g_b / rms(g_b), rounded stochastically to 1/255.
@@ -217,21 +245,27 @@ class Pege(Estimator):
             quantizer.theta.copy_(quantizer.granularity.unview(q.reshape(flat.shape), quantizer.theta.shape))
 
     def metrics(self, quantizer: FakeQuantizer) -> Mapping[str, Tensor]:
-        """Mean b."""
+        """Mean b, and mean k if it is learned."""
         theta = quantizer.theta.detach()
-        return {"theta": theta.float().mean() / (255 if theta.dtype == torch.uint8 else 1)}
+        b = theta.float().mean() / (255 if theta.dtype == torch.uint8 else 1)
+        return (
+            {"theta": b, "sharpness": quantizer.sharpness.detach().float().mean()}
+            if self.learns_sharpness
+            else {"theta": b}
+        )
 
 
 @dataclass(frozen=True)
 class _Surrogate:
-    """F at some inputs: D = dF/du, phi - r = dF/db, and F - code, all in code units."""
+    """F at some inputs: D = dF/du, phi - r = dF/db, F - code, and dF/dk if it is wanted, all in code units."""
 
     slope: Tensor
     gap: Tensor
     error: Tensor
+    turn: Tensor | None = None
 
     @staticmethod
-    def at(bins: Bins, b: Tensor, sharpness: Tensor) -> _Surrogate:
+    def at(bins: Bins, b: Tensor, sharpness: Tensor, turning: bool = False) -> _Surrogate:
         b = b.to(bins.u.dtype) if b.is_floating_point() else b.to(bins.u.dtype).mul_(1 / 255)
         sharpness = sharpness.to(bins.u.dtype)
         error = bins.error()
@@ -239,9 +273,22 @@ class _Surrogate:
         top = torch.tanh(sharpness / 2)
         # tanh(z) = 2 sigmoid(2z) - 1 and sech^2(z) = 4 sigmoid(2z) (1 - sigmoid(2z)): a sixth of tanh's cost.
         sigmoid = torch.sigmoid_(r * (2 * sharpness))
-        slope = torch.addcmul(sigmoid, sigmoid, sigmoid, value=-1).mul_(2 * sharpness / top * b).add_(1 - b)
+        slope = torch.addcmul(sigmoid, sigmoid, sigmoid, value=-1)
+        turn = 4 * r * slope if turning else None
+        slope = slope.mul_(2 * sharpness / top * b).add_(1 - b)
         gap = sigmoid.sub_(0.5).mul_(1 / top).sub_(r)
-        return _Surrogate(slope, gap, error.addcmul_(gap, b))
+        if turn is not None:  # phi = gap + r
+            turn = turn.sub_((gap + r).mul_(1 - top * top)).mul_(b / (2 * top))
+        # On a level, and so beyond the range, F is Q but for rounding: 0 there, or the pull would reach clipped values.
+        error = torch.hardshrink(error.addcmul_(gap, b), 4 * torch.finfo(error.dtype).eps)
+        return _Surrogate(slope, gap, error, turn)
+
+
+def _shared_sum(terms: Tensor, scale: Tensor, like: Tensor) -> Tensor:
+    """Sum of ``terms * scale`` over what shares an entry of ``like``; works in place."""
+    if _is_shared(scale.shape, like.shape):
+        return terms.sum_to_size(like.shape).mul_(scale).to(like.dtype)
+    return terms.mul_(scale).sum_to_size(like.shape).to(like.dtype)
 
 
 def _is_shared(scale: torch.Size, b: torch.Size) -> bool:

@@ -3,12 +3,37 @@
 from __future__ import annotations
 
 from lightning_quant.errors import unknown
+from lightning_quant.observers.absmean import AbsMean
+from lightning_quant.observers.als import Als
 from lightning_quant.observers.base import Observer
 from lightning_quant.observers.ema import Ema
+from lightning_quant.observers.half_gauss import HalfGauss, HalfGaussUnit
+from lightning_quant.observers.lsq_init import LsqInit
 from lightning_quant.observers.minmax import MinMax
 from lightning_quant.observers.mse import Mse
+from lightning_quant.observers.mse_ends import MseEnds
+from lightning_quant.observers.rms import Rms
+from lightning_quant.observers.seq_init import SeqInit
+from lightning_quant.observers.three_sigma import ThreeSigma
+from lightning_quant.observers.twn import Twn
+from lightning_quant.observers.unit import Unit
 
-OBSERVERS: dict[str, type[Observer]] = {"minmax": MinMax, "ema": Ema, "mse": Mse}
+OBSERVERS: dict[str, type[Observer]] = {
+    "minmax": MinMax,
+    "ema": Ema,
+    "mse": Mse,
+    "mse_ends": MseEnds,
+    "lsq_init": LsqInit,
+    "three_sigma": ThreeSigma,
+    "seq_init": SeqInit,
+    "unit": Unit,
+    "absmean": AbsMean,
+    "twn": Twn,
+    "half_gauss": HalfGauss,
+    "half_gauss_unit": HalfGaussUnit,
+    "als": Als,
+    "rms": Rms,
+}
 
 
 def build_observer(name: str | None, where: str) -> Observer:

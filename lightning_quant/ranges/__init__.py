@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from lightning_quant.errors import unknown
 from lightning_quant.ranges.base import Range
+from lightning_quant.ranges.bounds import Bounds
+from lightning_quant.ranges.clip import Clip
+from lightning_quant.ranges.log2 import Log2
+from lightning_quant.ranges.offset import Offset
+from lightning_quant.ranges.plain import Plain
 from lightning_quant.ranges.scale import Scale
 
 RANGES: dict[str, type[Range]] = {
     "scale": Scale,
+    "offset": Offset,
+    "bounds": Bounds,
+    "log2": Log2,
+    "clip": Clip,
+    "plain": Plain,
 }
 
 

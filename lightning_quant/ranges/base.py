@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_quant.errors import explain
+
 if TYPE_CHECKING:
     from lightning_quant.quantizer import FakeQuantizer
     from lightning_quant.spec import TensorSpec
@@ -30,7 +32,14 @@ class Range:
     affine: ClassVar[bool] = False
 
     def check(self, spec: TensorSpec, is_weight: bool, where: str) -> None:
-        """Refuse a spec this range makes no sense with."""
+        """Refuse a spec this range makes no sense with.
+
+        A range with two free ends uses all codes, whatever ``symmetric`` says, and no level need be 0.
+        """
+        if self.affine and (spec.grid != "int" or spec.narrow):
+            got = f"grid={spec.grid!r}, narrow={spec.narrow}"
+            cure = f"Leave grid and narrow out, or range={spec.range!r}."
+            raise ValueError(explain(f"{where}: range={spec.range!r}", "all codes of an integer grid", got, cure))
 
     def initial(self) -> Mapping[str, float]:
         """Names of its tensors, each of the scales' shape, with their value before a range is set."""
@@ -66,7 +75,7 @@ class Range:
         raise NotImplementedError
 
     def factor(self, quantizer: FakeQuantizer, x: Tensor) -> float:
-        """What the gradient of the scale is multiplied with."""
+        """What the gradients of the scale and of the offset are multiplied with."""
         return 1.0
 
     def project(self, quantizer: FakeQuantizer) -> None:

@@ -32,6 +32,7 @@ class Case:
     step: int
     salt: int
     scale_shape: tuple[int, ...]
+    offset: Any = 0.0  # what was subtracted from x, and is added to y
     options: dict[str, Any] = field(default_factory=dict)
     state: dict[str, np.ndarray] = field(default_factory=dict)
     schedules: dict[str, float] = field(default_factory=dict)
@@ -57,13 +58,17 @@ class Case:
 
 @dataclass
 class Result:
-    """y, dL/dx, the part D * g of it that feeds the scale, dL/dstate per element, what stands for the code."""
+    """y, dL/dx, the part D * g of it that feeds the scale, dL/dstate per element, what stands for the code.
+
+    ``mapped`` is what the grid gets where the method maps x first; ``task`` is then the gradient of that.
+    """
 
     y: np.ndarray
     x: np.ndarray
     task: np.ndarray
     state: dict[str, np.ndarray] = field(default_factory=dict)
     code: np.ndarray | None = None
+    mapped: np.ndarray | None = None
 
 
 # --- grid ---------------------------------------------------------------------------------------------------------
@@ -116,9 +121,22 @@ def offset(x, s, z, low, high):
 
 def scale_terms(case, result):
     """Per-element terms of dL/ds: chain rule through s * (Q(x/s + z) - z) with the estimator's dQ/du."""
-    u = np.clip(case.x / case.s + case.z, case.low, case.high)
-    code = np.round(u) if result.code is None else result.code
+    u = (case.x if result.mapped is None else result.mapped) / case.s + case.z
+    code = np.round(np.clip(u, case.low, case.high)) if result.code is None else result.code
     return case.g * (code - case.z) - result.task * (u - case.z)
+
+
+def range_gradients(name, of_scale, of_offset, n, codes, scale):
+    """dL/d of a range's parameters, given dL/d of scale and offset; n elements share one scale."""
+    low, high = codes
+    steps = high - low
+    return {
+        "scale": {"scale": of_scale / np.sqrt(n * max(high, 1))},
+        "plain": {"scale": of_scale},
+        "offset": {"scale": of_scale / np.sqrt(n * steps), "offset": of_offset / np.sqrt(n * steps)},
+        "bounds": {"upper": of_scale / steps, "lower": of_offset - of_scale / steps},
+        "log2": {"log2_threshold": of_scale * scale * np.log(2)},
+    }.get(name, {})
 
 
 # --- noise --------------------------------------------------------------------------------------------------------

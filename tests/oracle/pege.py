@@ -17,9 +17,21 @@ def surrogate(x, s, z, low, high, b, k):
     return u + b * (phi - r), 1 + b * (slope - 1), phi - r
 
 
+def turn(r, b, k):
+    """dF/dk."""
+    top, sech2 = np.tanh(k / 2), 1 / np.cosh(k * r) ** 2
+    return b * (r * sech2 * top - 0.5 * np.tanh(k * r) / np.cosh(k / 2) ** 2) / (2 * top**2)
+
+
 def expected(case):
     grid = (case.x, case.s, case.z, case.low, case.high)
-    f, d, gap = surrogate(*grid, case.state["theta"], case.schedules["sharpness"])
+    learned = "sharpness" in case.state
+    k = case.state["sharpness"] if learned else case.schedules["sharpness"]
+    f, d, gap = surrogate(*grid, case.state["theta"], k)
     error = case.s * (f - code(*grid))
     total = (case.g + 2 * case.pull * error) * case.mask
-    return Result(case.y, total * d, case.g * case.mask * d, {"theta": case.s * total * gap})
+    state = {"theta": case.s * total * gap}
+    if learned:
+        _, r = offset(*grid)
+        state["sharpness"] = case.s * total * turn(r, case.state["theta"], k)
+    return Result(case.y, total * d, case.g * case.mask * d, state)
