@@ -23,7 +23,10 @@ class QuantArguments:
     )
     quant_scheme: str = field(
         default="w4a16",
-        metadata={"help": "Grid: w{bits}[a{bits}][-g{n}|-channel|-tensor][-asym][-static|-dynamic], e.g. w4a16-g128."},
+        metadata={
+            "help": "Grid: w{bits}[a{bits}][-g{n}|-channel|-tensor][-asym][-static|-dynamic], e.g. w4a16-g128, "
+            "or fp8, mxfp4, mxfp8, nvfp4, nf4."
+        },
     )
     quant_config: str | None = field(
         default=None, metadata={"help": "YAML file of a QuantConfig, in place of method, scheme and options."}
@@ -36,7 +39,10 @@ class QuantArguments:
     )
     quant_option: list[str] = field(
         default_factory=list,
-        metadata={"action": "extend", "help": "The method's own settings, key=value (values are YAML); repeatable."},
+        metadata={
+            "action": "extend",
+            "help": "The method's own settings, or range=, grid=, observer=; key=value (YAML); repeatable.",
+        },
     )
     quant_export: str | None = field(
         default=None, metadata={"help": "Directory to export the low-bit model to when training ends."}

@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_quant.attach import Report, attach, detach
 from lightning_quant.calibration import calibrate
+from lightning_quant.codebooks import CODEBOOKS
 from lightning_quant.controller import QuantController
 from lightning_quant.errors import AttachError, CheckpointError, CoverageError, explain
 from lightning_quant.estimators import ESTIMATORS
 from lightning_quant.observers import OBSERVERS
 from lightning_quant.optim import param_groups
 from lightning_quant.quantizer import FakeQuantizer
+from lightning_quant.ranges import RANGES
 from lightning_quant.schedule import Schedule
 from lightning_quant.spec import LayerRule, QuantConfig, TensorSpec
 from lightning_quant.version import __version__
@@ -21,8 +23,10 @@ if TYPE_CHECKING:
 
 
 __all__ = [
+    "CODEBOOKS",
     "ESTIMATORS",
     "OBSERVERS",
+    "RANGES",
     "AttachError",
     "CheckpointError",
     "CoverageError",

@@ -110,7 +110,10 @@ def check_combination(spec: TensorSpec, rule: Estimator, is_weight: bool, where:
     Raises:
         ValueError: A pair that makes no sense, with the cure.
     """
-    grid = Grid(spec.bits, bool(spec.symmetric), spec.grid, spec.scale_format, spec.narrow)
+    try:
+        grid = Grid(spec.bits, bool(spec.symmetric), spec.grid, spec.scale_format, spec.narrow)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
     name = type(rule).__name__.lower()
     if spec.grid not in UNIFORM:
         if overrides(rule, "assign", "decode"):

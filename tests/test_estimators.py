@@ -218,6 +218,10 @@ def check(method, q, x):
 
 
 CASES = [(m, k) for m in ESTIMATORS for k in kinds_of(m)]
+WEIGHTS = ("group", "channel", "tensor")
+# One kind of weights per method, and static inputs where it has them.
+COMPILED = [(m, next(k for k in WEIGHTS if k in kinds_of(m))) for m in ESTIMATORS if {*WEIGHTS} & {*kinds_of(m)}]
+COMPILED += [(m, k) for m, k in CASES if k == "static"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -484,7 +488,7 @@ def test_evaluation_is_hard_and_training_too_unless_the_method_blends(method, ki
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's tracer does it
-@pytest.mark.parametrize(("method", "kind"), [(m, k) for m, k in CASES if k in ("group", "static")])
+@pytest.mark.parametrize(("method", "kind"), COMPILED)
 def test_compile_equals_eager_and_schedules_do_not_recompile(method, kind):
     q, x = quantizer_of(method, kind)
     torch._dynamo.reset()
@@ -504,7 +508,7 @@ def test_compile_equals_eager_and_schedules_do_not_recompile(method, kind):
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's tracer does it
-@pytest.mark.parametrize(("method", "kind"), [(m, k) for m, k in CASES if k in ("group", "static")])
+@pytest.mark.parametrize(("method", "kind"), COMPILED)
 def test_compiled_where_no_gradient_is_wanted(method, kind):
     """Dynamo traces autograd functions another way there."""
     q, x = quantizer_of(method, kind)

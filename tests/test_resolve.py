@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from torch import nn
 
+from hf_integration import QuantArguments
+from lightning_quant import QuantCallback, QuantConfig, attach
 from lightning_quant.estimators.lsq import Lsq
 from lightning_quant.estimators.ste import Ste
 from lightning_quant.resolve import resolve_activation, resolve_weight
@@ -68,3 +71,34 @@ def test_resolve_activation(scheme, convolutional, learns, expected):
 def test_resolve_activation_refusals(spec, message):
     with pytest.raises(ValueError, match=message):
         resolve_activation(spec, False, Ste(), "fc.input")
+
+
+def test_both_front_ends_choose_grid_range_and_observer():
+    config = QuantConfig.parse("lsq", "w4a4-static", grid="apot", observer="minmax")
+    flags = QuantArguments(quant="lsq", quant_scheme="w4a4-static", quant_option=["grid=apot", "observer=minmax"])
+    assert flags.to_config() == config
+    options = {"grid": "apot", "observer": "minmax"}
+    assert QuantCallback("lsq", "w4a4-static", options=options).config == config
+    assert {s.grid for s in (config.weight, config.activation)} == {"apot"}
+
+
+@pytest.mark.parametrize(
+    ("method", "scheme", "options", "message"),
+    [
+        ("stochastic", "nf4-g32", {}, "method stochastic: expected a uniform grid.*Use grid='int', or a method"),
+        ("lsq", "w4a16-g32", {"grid": "apot", "range": "bounds"}, "expected range='scale'.*Levels are only scaled"),
+        ("lsq", "w8a8-dynamic", {"range": "offset"}, "expected a static range, got dynamic=True.*Use -static"),
+        ("lsq", "w4a16-g32-asym", {"scale_format": "pow2"}, "a symmetric grid with range='scale'.*drop -asym"),
+        ("lsq", "w4a16-g32-asym", {"grid": "apot"}, "signed levels, got symmetric=False.*Leave -asym out"),
+        ("lsq", "w3a16-g32", {"grid": "nf4"}, r"one of \(4,\) bits, got 3.*Write for example w4"),
+        ("twn", "w4a16", {}, "method 'twn'.*bits=1.58, got bits=4.*Set bits to 1.58, or choose another method"),
+        ("dorefa", "w2a2-static", {"range": "bounds"}, "method 'dorefa'.*range='scale', got range='bounds'"),
+        ("lsq", "w4a16-g32", {"range": "clip"}, "0.weight: range='clip'"),
+        ("tqt", "w1a16-channel", {}, "0.weight: range='log2'"),
+    ],
+)
+def test_pairs_that_make_no_sense_are_refused_with_the_cure(method, scheme, options, message):
+    model = nn.Sequential(nn.Linear(32, 8))
+    with pytest.raises(ValueError, match=rf"^0\.(weight|input): .*{message.removeprefix('0.weight: ')}"):
+        attach(model, QuantConfig.parse(method, scheme, **options))
+    assert type(model[0]) is nn.Linear
