@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from lightning_quant import distributed
 from lightning_quant.attach import quantizers
 from lightning_quant.errors import explain
 from lightning_quant.progress import track
+from lightning_quant.quantizer import FakeQuantizer
 
 
 def open_observers(model: nn.Module, on: bool) -> None:
@@ -22,11 +24,22 @@ def open_observers(model: nn.Module, on: bool) -> None:
 
 def commit_ranges(model: nn.Module) -> None:
     """Reduce over ranks what was noted since the last commit and take it into the ranges."""
-    pending = [(q, q.pending) for _, q in quantizers(model) if q.pending is not None]
-    reduced = distributed.reduce_ranges([p for _, p in pending])
-    for (q, _), ranges in zip(pending, reduced, strict=True):
-        q.pending = ranges
+    open_ones = [q for _, q in quantizers(model) if q.observing or q.noted is not None]
+    if distributed.active():
+        for largest in (True, False):
+            _reduce([q for q in open_ones if math.isinf(q.observer.pool) == largest], largest)
+    for q in open_ones:
         q.commit()
+
+
+def _reduce(group: list[FakeQuantizer], largest: bool) -> None:
+    """Join what all ranks noted; one that saw no data (an expert without tokens) takes part with nothing."""
+    if not group:
+        return
+    empty = torch.full((3,), -math.inf if largest else 0.0, dtype=torch.float64, device=group[0].device)
+    rows = torch.stack([empty if q.noted is None else q.noted.to(empty) for q in group])
+    for q, noted in zip(group, distributed.reduce(rows, largest), strict=True):
+        q.noted = noted.to(q.device) if noted[2] > 0 else None
 
 
 def calibrate(model: nn.Module, batches: Iterable[Any]) -> int:

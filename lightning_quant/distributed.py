@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -17,30 +16,16 @@ def rank() -> int:
     return dist.get_rank() if active() else 0
 
 
-def reduce_ranges(ranges: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-    """Widest range over ranks for each entry, in one collective.
-
-    Args:
-        ranges: (low, high) pairs; the same number and shapes on every rank.
-    """
-    if not active() or not ranges:
-        return ranges
-    flat = torch.cat([torch.cat([-low.reshape(-1), high.reshape(-1)]) for low, high in ranges])
-    dist.all_reduce(flat, op=dist.ReduceOp.MAX)
-    out, at = [], 0
-    for low, high in ranges:
-        n = low.numel()
-        out.append((-flat[at : at + n].reshape(low.shape), flat[at + n : at + 2 * n].reshape(high.shape)))
-        at += 2 * n
-    return out
+def reduce(rows: Tensor, largest: bool) -> Tensor:
+    """Largest values or sums over ranks, of tensors of one shape on all; in place."""
+    if active() and rows.numel():
+        dist.all_reduce(rows, op=dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
+    return rows
 
 
 def mean(x: Tensor) -> Tensor:
-    """Mean over ranks, in place of the same tensor on each."""
-    if active():
-        dist.all_reduce(x, op=dist.ReduceOp.SUM)
-        x /= dist.get_world_size()
-    return x
+    """Mean over ranks of a tensor of one shape on all."""
+    return reduce(x, largest=False) / (dist.get_world_size() if active() else 1)
 
 
 def to_local(x: Tensor) -> Tensor:
@@ -53,6 +38,18 @@ def whole(x: Tensor) -> Tensor:
     """The full tensor of a sharded one (a collective: every rank must call it); others as they are."""
     full = getattr(x, "full_tensor", None)
     return x if full is None else full()
+
+
+def fill(target: Tensor, value: Tensor) -> None:
+    """Copy the same whole value on every rank into a tensor that may be sharded."""
+    mesh = getattr(target, "device_mesh", None)
+    if mesh is None:
+        target.copy_(value)
+        return
+    from torch.distributed.tensor import DTensor, Replicate
+
+    copies = DTensor.from_local(value.to(target.dtype), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    to_local(target).copy_(to_local(copies.redistribute(placements=target.placements)))  # type: ignore[attr-defined]
 
 
 def barrier() -> None:

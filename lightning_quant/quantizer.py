@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant import reuse
-from lightning_quant.distributed import whole
+from lightning_quant.distributed import to_local, whole
 from lightning_quant.estimators import Bins, Estimator, FakeQuantize, locate, overrides
 from lightning_quant.granularity import Granularity
 from lightning_quant.grid import Grid, reader_scale
@@ -81,7 +81,7 @@ class FakeQuantizer(nn.Module):
         self.observing = False
         self.measuring = False
         self.ready = bool(spec.dynamic)
-        self.pending: tuple[Tensor, Tensor] | None = None
+        self.noted: Tensor | None = None
         self.measured: dict[str, Tensor] = {}
         self.register_buffer("_place", torch.empty(0, dtype=dtype, device=device), persistent=False)
         covered = self.observer.covers and self.grid.covers
@@ -245,21 +245,18 @@ class FakeQuantizer(nn.Module):
         """Note the range of ``x`` for the current optimizer step; repeating a forward changes nothing."""
         if x.numel() == 0:  # an expert that got no token
             return
-        rows = self.granularity.flat(x.detach()).float()
-        low, high = self.observer.range(rows, self.grid)
-        if self.pending is not None:
-            low, high = torch.minimum(self.pending[0], low), torch.maximum(self.pending[1], high)
-        self.pending = (low, high)
+        rows = self.granularity.flat(x.detach()).to(torch.promote_types(x.dtype, torch.float32))
+        self.noted = self.observer.pooled(self.noted, rows, self.grid)
 
     @torch.no_grad()
     def commit(self) -> None:
         """Merge what the step's forwards noted into the range (the controller has reduced it over ranks)."""
-        if self.pending is None:
+        if self.noted is None:
             return
-        low, high = (end.reshape(1).to(self.dtype) for end in self.pending)
+        low, high = (end.to(self.dtype) for end in self.observer.unpooled(self.noted))
         if self.ready:
             low, high = self.observer.merge((self.running[:1], self.running[1:]), (low, high))
-        self.pending = None
+        self.noted = None
         self.running.copy_(torch.cat([low, high]))
         self.set_range(low, high)
 
@@ -345,7 +342,11 @@ class FakeQuantizer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if not self.spec.dynamic and not self._place.is_meta:
+        if self.spec.dynamic or self._place.is_meta:
+            return
+        if not self.is_weight and any(not to_local(p).numel() for p in self.range_parameters()):
+            self.ready = self.observer.data_free or bool(self.running.any())  # another rank holds the scale
+        else:
             self.ready = self.range.ready(self)
 
     def extra_repr(self) -> str:

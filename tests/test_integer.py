@@ -141,7 +141,7 @@ def test_inputs_wait_for_the_delay_while_their_ranges_follow_the_data():
         x = torch.linspace(-3, 3, 32).reshape(2, 16).requires_grad_()
         y = q.train()(x)
         y.backward(torch.ones_like(y))
-        q.pending = None
+        q.noted = None
         assert x.grad.eq(1).all() == torch.equal(y, x)
         return torch.equal(y, x)
 

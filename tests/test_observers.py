@@ -16,6 +16,7 @@ from lightning_quant.observers.ema import Ema
 from lightning_quant.observers.half_gauss import STEPS, HalfGauss, HalfGaussUnit
 from lightning_quant.observers.minmax import MinMax
 from lightning_quant.observers.mse import Mse
+from lightning_quant.observers.rms import Rms
 from lightning_quant.observers.twn import Twn as TwnObserver
 from lightning_quant.observers.unit import Unit
 from tests import oracle
@@ -185,3 +186,36 @@ def test_names():
     assert isinstance(build_observer("ema", "here"), Ema)
     with pytest.raises(ValueError, match=r"TensorSpec.observer: .*got 'minmx'. Did you mean observer 'minmax'"):
         build_observer("minmx", "TensorSpec.observer")
+
+
+@pytest.mark.parametrize("name", [n for n, kind in OBSERVERS.items() if not kind.data_free])
+def test_parts_of_a_batch_pool_to_the_range_of_the_whole(name):
+    """Exactly for extremes and power means; a search or a fit is only averaged."""
+    observer, grid = OBSERVERS[name](), Grid(4, symmetric=False)
+    rows = torch.randn(1, 4000, dtype=torch.float64).clamp_(min=-1)
+    rows[0, ::7] = 0
+    noted = None
+    for part in rows.split((1000, 3000), dim=1):
+        noted = observer.pooled(noted, part, grid)
+    low, high = observer.unpooled(noted)
+    want_low, want_high = observer.range(rows, grid)
+    exact = name in ("minmax", "ema", "seq_init", "absmean", "rms", "half_gauss")
+    tolerance = 1e-12 if exact else 0.2
+    torch.testing.assert_close(high, want_high, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(low, want_low, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", [n for n, kind in OBSERVERS.items() if not kind.data_free])
+def test_a_repeated_forward_pools_to_the_same(name):
+    """Activation checkpointing runs a layer twice."""
+    observer, grid, rows = OBSERVERS[name](), Grid(4), torch.randn(1, 500, dtype=torch.float64)
+    once = observer.pooled(None, rows, grid)
+    twice = observer.pooled(once, rows, grid)
+    torch.testing.assert_close(observer.unpooled(twice), observer.unpooled(once), rtol=1e-12, atol=0)
+
+
+def test_power_mean_by_hand():
+    observer, grid = Rms(), Grid(4)
+    noted = observer.pooled(None, tensor([[3.0, -3.0, 0.0]]), grid)  # two values of square 9
+    noted = observer.pooled(noted, tensor([[6.0]]), grid)  # one of 36
+    assert observer.unpooled(noted)[1].item() == pytest.approx(7 * 18**0.5)

@@ -30,7 +30,8 @@ class Elq(Incremental):
     Source: Zhou, Yao, Wang, Chen, "Explicit Loss-Error-Aware Quantization for Low-Bit Deep Neural Networks",
     CVPR 2018.
     Deviation: the absolute value per element (a sum over a layer would let errors cancel) and the schedule of the
-    share are our reading; g is that of one backward pass; scales have the least squared error at the start and stay.
+    share are our reading; g is that of one backward pass on one rank; scales have the least squared error at the
+    start and stay.
     """
 
     about: ClassVar[About] = About("Zhou, Yao, Wang, Chen 2018", "", "1-8", "nothing", "w1.58a16")

@@ -38,7 +38,7 @@ class Ewgs(Estimator):
     Deviation: the scale is learned with LSQ's gradient on a symmetric grid in place of two free bounds
     (``range="bounds"`` has them; the levels are real, so that they move with the ends and add to their gradients what
     the paper's normalized output lacks), and there is no output factor |alpha|.  The Hessian is that of one batch
-    instead of the mean over three.
+    instead of the mean over three.  With several ranks or micro-batches g is that of each one's part of the batch.
     """
 
     about: ClassVar[About] = About("Lee, Kim, Ham 2021", "2104.00903", "1-8", "scale or bounds")

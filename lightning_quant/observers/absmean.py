@@ -26,6 +26,7 @@ class AbsMean(Ema):
     Source: Rastegari et al., "XNOR-Net", ECCV 2016, arXiv:1603.05279, section 3.1.
     """
 
+    pool: ClassVar[float] = 1.0
     covers: ClassVar[bool] = False
 
     def range(self, rows: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ class Als(Observer):
     optimum is that of Li, Zhang, Liu, arXiv:1605.04711, section 2.2, found by sorting.
     Deviation: asymmetric grids get the search of ``mse``.
     """
+
+    pool: ClassVar[float] = 1.0
 
     starts: int = 16
     rounds: int = 2

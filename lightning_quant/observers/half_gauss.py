@@ -34,7 +34,12 @@ class HalfGauss(Ema):
     looked at, so that sigma is the same before and after a ReLU.
     """
 
+    pool: ClassVar[float] = 2.0
     covers: ClassVar[bool] = False
+
+    def weight(self, rows: Tensor) -> Tensor:
+        """The values the root mean square is taken of."""
+        return (rows > 0).sum(dim=1)
 
     def range(self, rows: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """See the class."""

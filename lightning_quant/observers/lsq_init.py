@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ class LsqInit(Observer):
     Source: Esser et al., "Learned Step Size Quantization", ICLR 2020, arXiv:1902.08153, section 2.1.
     Deviation: over several steps ranges are averaged with decay 0.9; the paper reads the first batch.
     """
+
+    pool: ClassVar[float] = 1.0
 
     def range(self, rows: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """See the class."""

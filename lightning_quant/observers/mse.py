@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ class Mse(Observer):
 
     Source: the search over clipping factors is common practice; see Choukroun et al., arXiv:1902.06822.
     """
+
+    pool: ClassVar[float] = 1.0
 
     candidates: int = 48
     smallest: float = 0.2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -18,6 +19,8 @@ class ThreeSigma(Observer):
 
     Source: Bhalgat et al., "LSQ+", CVPRW 2020, arXiv:2004.09576 (initial scale of the weights).
     """
+
+    pool: ClassVar[float] = 1.0
 
     def range(self, rows: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """See the class."""

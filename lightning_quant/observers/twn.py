@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ class Twn(Observer):
 
     Source: Li, Zhang, Liu, "Ternary Weight Networks", 2016, arXiv:1605.04711.
     """
+
+    pool: ClassVar[float] = 1.0
 
     def range(self, rows: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """See the class."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_quant.distributed import to_local
+from lightning_quant.distributed import fill, to_local
 from lightning_quant.ranges.base import Range
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ class Bounds(Range):
         """The ends themselves; a step of 1 where they are equal."""
         span = float(quantizer.grid.high - quantizer.grid.low)
         high = torch.where(high > low, high, low + span)
-        quantizer.lower.data.copy_(low.reshape(quantizer.scale_shape))
-        quantizer.upper.data.copy_(high.reshape(quantizer.scale_shape))
+        fill(quantizer.lower.data, low.reshape(quantizer.scale_shape))
+        fill(quantizer.upper.data, high.reshape(quantizer.scale_shape))
         self.project(quantizer)
 
     def scale(self, quantizer: FakeQuantizer) -> Tensor:

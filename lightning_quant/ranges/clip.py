@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_quant.distributed import to_local
+from lightning_quant.distributed import fill, to_local
 from lightning_quant.errors import explain
 from lightning_quant.ranges.base import Range
 
@@ -53,7 +53,7 @@ class Clip(Range):
     def set(self, quantizer: FakeQuantizer, low: Tensor, high: Tensor) -> None:
         """The upper end; 1 where no value is positive."""
         high = torch.where(high > 0, high, torch.ones_like(high))
-        quantizer.upper.data.copy_(high.reshape(quantizer.scale_shape))
+        fill(quantizer.upper.data, high.reshape(quantizer.scale_shape))
         self.project(quantizer)
 
     def scale(self, quantizer: FakeQuantizer) -> Tensor:

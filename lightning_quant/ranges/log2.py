@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_quant.distributed import to_local
+from lightning_quant.distributed import fill, to_local
 from lightning_quant.errors import explain
 from lightning_quant.ranges.base import Range
 
@@ -51,7 +51,7 @@ class Log2(Range):
         """The threshold at the largest magnitude; at 1 where that is 0."""
         absmax = torch.maximum(-low, high).clamp(min=0)
         threshold = torch.where(absmax > 0, absmax, torch.ones_like(absmax))
-        quantizer.log2_threshold.data.copy_(threshold.log2().reshape(quantizer.scale_shape))
+        fill(quantizer.log2_threshold.data, threshold.log2().reshape(quantizer.scale_shape))
 
     def scale(self, quantizer: FakeQuantizer) -> Tensor:
         """An exact power of two; the identity stands for the rounding up in the gradient."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_quant.distributed import to_local
+from lightning_quant.distributed import fill, to_local
 from lightning_quant.ranges.base import Range
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ class Offset(Range):
         grid = quantizer.grid
         step = (high - low) / (grid.high - grid.low)
         step = torch.where(step > 0, step, torch.ones_like(step))
-        quantizer.scale.data.copy_(step.reshape(quantizer.scale_shape))
-        quantizer.offset.data.copy_(low.reshape(quantizer.scale_shape))
+        fill(quantizer.scale.data, step.reshape(quantizer.scale_shape))
+        fill(quantizer.offset.data, low.reshape(quantizer.scale_shape))
 
     def scale(self, quantizer: FakeQuantizer) -> Tensor:
         """The step."""

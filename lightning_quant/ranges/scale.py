@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_quant.distributed import to_local
+from lightning_quant.distributed import fill, to_local
 from lightning_quant.ranges.base import Range
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Scale(Range):
     def set(self, quantizer: FakeQuantizer, low: Tensor, high: Tensor) -> None:
         """See the base class."""
         scale, zero = quantizer.grid.scale_and_zero(low, high)
-        quantizer.scale.data.copy_(scale.reshape(quantizer.scale_shape))
+        fill(quantizer.scale.data, scale.reshape(quantizer.scale_shape))
         if zero is not None:
             quantizer.zero.copy_(zero.reshape(quantizer.scale_shape))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lightning_quant import ESTIMATORS
 from tests.integration.processes import differing, result, run
 
 
@@ -64,3 +65,35 @@ def test_trainer_accumulation_equals_the_big_batch(tmp_path):
     assert len(one["losses"]) == 12
     assert sum(n.endswith("running") for n in one["quant"]) == 14
     equal(one, result(tmp_path / "two"))
+
+
+# What a rank does with its own part of a batch and not with its sum: |g| in the backward pass, and a search for the
+# best range, which does not add up over parts as extremes and power means do.
+LOCAL = ("elq", "ewgs", "lsq_plus")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Every method on one process."""
+    out = tmp_path_factory.mktemp("one")
+    run("methods_run.py", "--out", out)
+    return result(out)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_every_method_on_two_processes_is_that_of_one(tmp_path, alone, strategy):
+    run("methods_run.py", "--out", tmp_path, "--strategy", strategy, processes=2)
+    ranks = [result(tmp_path, r) for r in (0, 1)]
+    refused = {m for m, found in ranks[0].items() if isinstance(found, str)}
+    assert refused == ({m for m in ESTIMATORS if ESTIMATORS[m]().holds_elements} if strategy == "fsdp2" else set())
+    assert all("expected a whole weight for the state per element" in ranks[0][m] for m in refused)
+    for method in sorted(ESTIMATORS.keys() - refused):
+        one, (first, second) = alone[method], (r[method] for r in ranks)
+        assert first["losses"] == second["losses"], method
+        assert differing(first["state"], second["state"]) == [], method
+        exact = method not in LOCAL
+        assert one["losses"] == pytest.approx(first["losses"], rel=1e-6 if exact else 0.1), method
+        for name, value in one["state"].items() if exact else ():
+            torch.testing.assert_close(
+                first["state"][name], value, rtol=1e-6, atol=1e-8, msg=lambda m, n=f"{method} {name}": f"{n}: {m}"
+            )

@@ -266,7 +266,7 @@ def test_nothing_is_converted_and_nothing_stays_open_when_fitting_ends(tmp_path)
     trainer(tmp_path, quant).predict(module, images())
     module.train()
     module(100 * next(iter(images()))[0])
-    assert all(q.pending is None for _, q in quantizers(module))
+    assert all(q.noted is None for _, q in quantizers(module))
     trainer(tmp_path, quant).test(module, images(), verbose=False)
     assert all(
         torch.equal(a, b)
