@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -193,13 +192,13 @@ class Grid:
         """
         if self.levels is None:
             return None
-        levels = np.array(self.levels)
-        first = int(np.argmin(np.abs(levels)))
-        middle = ((levels[1:] + levels[:-1]) / 2).astype(np.float32).astype(np.float64)
-        up = (np.arange(len(middle)) + 1 - first) % 2 == 0
-        middle[up] = np.nextafter(middle[up].astype(np.float32), np.float32(-np.inf))
-        thresholds = np.concatenate([[-np.inf], middle])
-        return torch.from_numpy(np.stack([levels, thresholds])).view(torch.int64)
+        levels = torch.tensor(self.levels, dtype=torch.float64)
+        first = int(levels.abs().argmin())
+        middle = ((levels[1:] + levels[:-1]) / 2).float()
+        up = (torch.arange(1, len(levels)) - first) % 2 == 0
+        middle = torch.where(up, torch.nextafter(middle, torch.full_like(middle, -torch.inf)), middle)
+        thresholds = torch.cat([torch.tensor([-torch.inf]), middle]).double()
+        return torch.stack([levels, thresholds]).view(torch.int64)
 
     def nearest(self, u: Tensor, table: Tensor) -> Tensor:
         """Places, float, of the levels nearest to ``u``, which is in units of the scale."""

@@ -316,7 +316,7 @@ class FakeQuantize(torch.autograd.Function):
         u = torch.div(x.to(wide), scale)
         if offset:
             u = u.add_(zero)
-        kept = _inside(g, u, *grid.span(rule.edges(grid))) if clips else g
+        kept = inside(g, u, *grid.span(rule.edges(grid))) if clips else g
         bins = None
         if learns or rule.needs_bins:
             bins = locate(u, scale, table, grid, rule, tuple(inputs), training)
@@ -347,12 +347,12 @@ def locate(
     if table is not None:
         place, width = grid.place(u, table)
         return Bins(place, grid.nearest(u, table), grid.low, grid.high, width * scale, u)
-    inside = u.clamp(grid.low, grid.high)
-    code = rule.assign(u.clone(), grid, inputs, training) if overrides(rule, "assign") else inside.round()
-    return Bins(inside, code, grid.low, grid.high, scale, u)
+    clamped = u.clamp(grid.low, grid.high)
+    code = rule.assign(u.clone(), grid, inputs, training) if overrides(rule, "assign") else clamped.round()
+    return Bins(clamped, code, grid.low, grid.high, scale, u)
 
 
-def _inside(g: Tensor, u: Tensor, low: float, high: float) -> Tensor:
+def inside(g: Tensor, u: Tensor, low: float, high: float) -> Tensor:
     """``g`` where low <= u <= high, else 0: one pass of the hard tanh's derivative, whose ends are open."""
     eps, tiny = torch.finfo(u.dtype).eps, torch.finfo(u.dtype).tiny
     below, above = -beyond(-low, eps, tiny), beyond(high, eps, tiny)

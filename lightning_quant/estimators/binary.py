@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from lightning_quant.errors import unknown
-from lightning_quant.estimators.base import About, Bins, Estimator, Gradient, _inside, demand
+from lightning_quant.estimators.base import About, Bins, Estimator, Gradient, demand, inside
 from lightning_quant.grid import Grid
 from lightning_quant.spec import TensorSpec
 
@@ -72,7 +72,7 @@ class _Sign(Estimator):
         if not inputs:
             return Gradient(g, g, ())
         x, scale = inputs
-        passed = _inside(g, x.to(g.dtype), -1.0, 1.0) * (scale.to(g.dtype) / 2)
+        passed = inside(g, x.to(g.dtype), -1.0, 1.0) * (scale.to(g.dtype) / 2)
         share = self.share(x, scale)
         if share:
             passed = passed.add_(g, alpha=share)

@@ -6,12 +6,10 @@ import math
 from functools import lru_cache
 from statistics import NormalDist
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
+from torch import Tensor
 
-Array = NDArray[np.float64]
 TOLERANCE = 1e-13
-_ERFC = np.vectorize(math.erfc, otypes=[np.float64])
 
 
 @lru_cache(maxsize=256)
@@ -34,32 +32,34 @@ def half_normal_levels(count: int, theta: float) -> tuple[tuple[float, ...], tup
     # Many levels lie as densely as the cube root of the density, which is normal with variance 3.
     wide = NormalDist(0.0, math.sqrt(3))
     below = wide.cdf(start)
-    levels = np.array([wide.inv_cdf(below + (1 - below) * (i + 0.5) / count) for i in range(count)])
+    places = [wide.inv_cdf(below + (1 - below) * (i + 0.5) / count) for i in range(count)]
+    levels = torch.tensor(places, dtype=torch.float64)
     for _ in range(20):
         levels = levels - _step(levels, start)[0]
     for _ in range(50):
         residual, slopes = _step(levels, start)
-        levels = levels - np.linalg.solve(slopes, residual)
-        if np.abs(residual).max() < TOLERANCE:
+        levels = levels - torch.linalg.solve(slopes, residual)
+        if residual.abs().max() < TOLERANCE:
             break
     return tuple(_bounds(levels, start)[:-1].tolist()), tuple(levels.tolist())
 
 
-def _bounds(levels: Array, start: float) -> Array:
-    return np.concatenate([[start], (levels[1:] + levels[:-1]) / 2, [np.inf]])
+def _bounds(levels: Tensor, start: float) -> Tensor:
+    ends = levels.new_tensor([start, math.inf])
+    return torch.cat([ends[:1], (levels[1:] + levels[:-1]) / 2, ends[1:]])
 
 
-def _step(levels: Array, start: float) -> tuple[Array, Array]:
+def _step(levels: Tensor, start: float) -> tuple[Tensor, Tensor]:
     """Levels less the means of their bins, and that difference's Jacobian."""
     bounds = _bounds(levels, start)
     low, high = bounds[:-1], bounds[1:]
-    density = math.sqrt(2 / math.pi) * np.exp(-(bounds**2) / 2)
-    tail = _ERFC(bounds / math.sqrt(2))
+    density = math.sqrt(2 / math.pi) * torch.exp(-bounds.square() / 2)
+    tail = torch.special.erfc(bounds / math.sqrt(2))
     mass = tail[:-1] - tail[1:]
     mean = (density[:-1] - density[1:]) / mass
     left = density[:-1] * (mean - low) / mass / 2
-    right = np.zeros_like(left)
+    right = torch.zeros_like(left)
     right[:-1] = density[1:-1] * (high[:-1] - mean[:-1]) / mass[:-1] / 2
     left[0] = 0.0
-    slopes = np.diag(1 - left - right) - np.diag(left[1:], -1) - np.diag(right[:-1], 1)
+    slopes = torch.diag(1 - left - right) - torch.diag(left[1:], -1) - torch.diag(right[:-1], 1)
     return levels - mean, slopes

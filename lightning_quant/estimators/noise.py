@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_quant.errors import explain, unknown
 from lightning_quant.estimators.base import About, Bins, Estimator, Gradient
 from lightning_quant.estimators.ste import Ste
+from lightning_quant.estimators.stochastic import Stochastic
 from lightning_quant.grid import Grid
 from lightning_quant.noise import seed, uniform
 from lightning_quant.schedule import Schedule, as_schedule
@@ -100,23 +101,11 @@ class Subset(Estimator):
 
 
 @dataclass(frozen=True)
-class Jitter(Estimator):
-    """Weights of ``kind='uniform'``: see ``Noise``."""
-
-    def state(self, quantizer: FakeQuantizer) -> None:
-        """The optimizer step, which the noise is a function of."""
-        quantizer.track_step()
-
-    def inputs(self, quantizer: FakeQuantizer, x: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
-        """The noise's seed, 0-dim."""
-        return (seed(quantizer.step, quantizer.salt),)
+class Jitter(Stochastic):
+    """Weights of ``kind='uniform'``: see ``Noise``.  State and gradient are those of stochastic rounding."""
 
     def assign(self, u: Tensor, grid: Grid, inputs: tuple[Tensor, ...], training: bool) -> Tensor:
         """In training places between the levels."""
         if not training:
             return super().assign(u, grid, inputs, training)
         return u.add_(uniform(u.shape, inputs[0])).sub_(0.5).clamp_(grid.low, grid.high)
-
-    def gradient(self, g: Tensor, bins: Bins | None, inputs: tuple[Tensor, ...]) -> Gradient:
-        """Straight through."""
-        return Gradient(g, g, (None,))

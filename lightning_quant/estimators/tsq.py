@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -105,8 +104,8 @@ class TsqInput(Estimator):
     def state(self, quantizer: FakeQuantizer) -> None:
         """Lower ends of the bins (-inf for code 0) and levels, (2, n) float64 in int64 words, as ``Grid.table``."""
         ends, levels = self._table(quantizer.spec.bits)
-        table = np.array([(-np.inf, *ends), (0.0, *levels)])
-        words = torch.from_numpy(table).view(torch.int64).to(quantizer.device)
+        table = torch.tensor([(-math.inf, *ends), (0.0, *levels)], dtype=torch.float64)
+        words = table.view(torch.int64).to(quantizer.device)
         quantizer.register_buffer("levels", words, persistent=False)
 
     def inputs(self, quantizer: FakeQuantizer, x: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
