@@ -155,10 +155,11 @@ class FakeQuantizer(nn.Module):
             size = mapped.detach().float().square().sum()
             self._measure(view.detach(), scale.detach(), zero, y.detach(), size)
         if offset is not None:
-            y = (y + offset).to(x.dtype)
+            y = y + offset
+        y = self.granularity.unview(y, x.shape).to(x.dtype)
         if sharing:
             reuse.remember(x, kind, y)
-        return self.granularity.unview(y, x.shape).to(x.dtype)
+        return y
 
     def blocks(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | float, Tensor | None]:
         """``x`` viewed as blocks, less the offset, and the scale, zero point and offset that broadcast to it."""

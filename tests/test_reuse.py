@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_quant import QuantConfig, attach, reuse
+from lightning_quant import QuantConfig, TensorSpec, attach, reuse
 
 
 class Branches(nn.Module):
@@ -111,3 +111,16 @@ def test_evaluation_does_not_share(monkeypatch):
     with torch.no_grad():
         model()(torch.randn(5, 8))
     assert len(calls) == 4
+
+
+def test_blocks_of_an_input_are_shared_in_the_inputs_shape(monkeypatch):
+    spec = TensorSpec(8, granularity="group", group_size=4, dynamic=True)
+    config = QuantConfig("ste", TensorSpec(8), spec)
+    torch.manual_seed(0)
+    net = Branches()
+    attach(net, config)
+    x = torch.randn(3, 5, 8)
+    calls = count(monkeypatch)
+    shared = grads(net, x)
+    assert len(calls) == 2  # the first layer's input, and that of the three heads
+    torch.testing.assert_close(shared, grads(net, x, monkeypatch))
