@@ -119,7 +119,7 @@ def test_blocks_of_an_input_are_shared_in_the_inputs_shape(monkeypatch):
     torch.manual_seed(0)
     net = Branches()
     attach(net, config)
-    x = torch.randn(3, 5, 8)
+    x = torch.randn(5, 8)
     calls = count(monkeypatch)
     shared = grads(net, x)
     assert len(calls) == 2  # the first layer's input, and that of the three heads
