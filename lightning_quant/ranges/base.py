@@ -6,6 +6,7 @@ backward gives the gradient of the scale and autograd carries it on.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Range:
+class Range(ABC):
     """How a static grid is held and learned.
 
     Class attributes: ``interior``, whether values inside the range move the scale (LSQ) or only clipped ones
@@ -54,25 +55,25 @@ class Range:
             else:
                 quantizer.register_buffer(name, start)
 
+    @abstractmethod
     def set(self, quantizer: FakeQuantizer, low: Tensor, high: Tensor) -> None:
         """Cover [low, high], each (number of scales,), real."""
-        raise NotImplementedError
 
+    @abstractmethod
     def scale(self, quantizer: FakeQuantizer) -> Tensor:
         """The scale, real, in the scales' shape."""
-        raise NotImplementedError
 
+    @abstractmethod
     def zero(self, quantizer: FakeQuantizer) -> Tensor | float:
         """The zero point, in codes."""
-        raise NotImplementedError
 
     def offset(self, quantizer: FakeQuantizer) -> Tensor | None:
         """Real number that is subtracted before the grid and added after it, in the scales' shape."""
         return None
 
+    @abstractmethod
     def ready(self, quantizer: FakeQuantizer) -> bool:
         """Whether a range has been set."""
-        raise NotImplementedError
 
     def factor(self, quantizer: FakeQuantizer, x: Tensor) -> float:
         """What the gradients of the scale and of the offset are multiplied with."""
