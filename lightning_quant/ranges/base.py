@@ -79,5 +79,5 @@ class Range(ABC):
         """What the gradients of the scale and of the offset are multiplied with."""
         return 1.0
 
-    def project(self, quantizer: FakeQuantizer) -> None:
+    def project(self, quantizer: FakeQuantizer) -> None:  # noqa: B027 - most have nothing to mend
         """Bring the parameters back to their domain after an optimizer step."""
