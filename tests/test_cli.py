@@ -207,3 +207,11 @@ def test_model_outside_transformers_is_named(tmp_path, capsys):
     export(model, tmp_path / "out", config=CONFIG)
     assert main(["verify", str(tmp_path / "out"), "--against", str(tmp_path / "run")]) == 2
     assert "expected a config.json of transformers beside the weights, got" in capsys.readouterr().err
+
+
+def test_a_reader_that_stops_early_is_no_error():
+    command = f"{sys.executable} -m lightning_quant.cli methods | head -1"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stdout.startswith("method ")
+    assert done.stderr == ""

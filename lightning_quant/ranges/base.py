@@ -6,6 +6,7 @@ backward gives the gradient of the scale and autograd carries it on.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -81,3 +82,11 @@ class Range(ABC):
 
     def project(self, quantizer: FakeQuantizer) -> None:  # noqa: B027 - most have nothing to mend
         """Bring the parameters back to their domain after an optimizer step."""
+
+
+def step_size_factor(quantizer: FakeQuantizer, x: Tensor, top: float) -> float:
+    """LSQ's ``1 / sqrt(N * top)``, with N the elements that share a scale (for activations: of one sample)."""
+    n = math.prod(x.shape[1:])
+    if quantizer.is_weight:
+        n = math.prod(quantizer.shape) // math.prod(quantizer.scale_shape)
+    return 1 / math.sqrt(max(n, 1) * max(top, 1))

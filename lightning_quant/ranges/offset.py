@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_quant.distributed import fill, to_local
-from lightning_quant.ranges.base import Range
+from lightning_quant.ranges.base import Range, step_size_factor
 
 if TYPE_CHECKING:
     from lightning_quant.quantizer import FakeQuantizer
@@ -63,7 +62,4 @@ class Offset(Range):
 
     def factor(self, quantizer: FakeQuantizer, x: Tensor) -> float:
         """See the class."""
-        n = math.prod(x.shape[1:])
-        if quantizer.is_weight:
-            n = math.prod(quantizer.shape) // math.prod(quantizer.scale_shape)
-        return 1 / math.sqrt(max(n, 1) * (quantizer.grid.high - quantizer.grid.low))
+        return step_size_factor(quantizer, x, quantizer.grid.high - quantizer.grid.low)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_quant.distributed import fill, to_local
-from lightning_quant.ranges.base import Range
+from lightning_quant.ranges.base import Range, step_size_factor
 
 if TYPE_CHECKING:
     from lightning_quant.quantizer import FakeQuantizer
@@ -56,8 +55,5 @@ class Scale(Range):
 
     def factor(self, quantizer: FakeQuantizer, x: Tensor) -> float:
         """See the class."""
-        n = math.prod(x.shape[1:])
-        if quantizer.is_weight:
-            n = math.prod(quantizer.shape) // math.prod(quantizer.scale_shape)
-        top = quantizer.grid.high if quantizer.grid.levels is None else quantizer.grid.top
-        return 1 / math.sqrt(max(n, 1) * max(top, 1))
+        grid = quantizer.grid
+        return step_size_factor(quantizer, x, grid.high if grid.levels is None else grid.top)
