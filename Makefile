@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test lint bench-overhead clean
+.PHONY: setup demo test lint bench-overhead bench-logging clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,9 @@ lint: $(READY)
 
 bench-overhead: $(READY)
 	$(BIN)/python examples/benchmarks/overhead.py --peers-venv
+
+bench-logging: $(READY)
+	$(BIN)/python examples/benchmarks/logging_cost.py
 
 clean:
 	rm -rf $(VENV) .venv-peers build dist *.egg-info demo

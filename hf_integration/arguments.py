@@ -44,6 +44,20 @@ class QuantArguments:
             "help": "The method's own settings, or range=, grid=, observer=; key=value (YAML); repeatable.",
         },
     )
+    quant_distill: float | None = field(
+        default=None, metadata={"help": "Weight of distillation: learn from the float model beside the labels."}
+    )
+    quant_distill_temperature: float | None = field(
+        default=None, metadata={"help": "Temperature that softens both models' outputs (1)."}
+    )
+    quant_teacher: str | None = field(
+        default=None,
+        metadata={"help": "Directory of another model to distill from, as save_pretrained wrote it."},
+    )
+    quant_log_layers: int = field(
+        default=0,
+        metadata={"help": "Optimizer steps between logs of every layer's metrics, on logging steps (0: never)."},
+    )
     quant_export: str | None = field(
         default=None, metadata={"help": "Directory to export the low-bit model to when training ends."}
     )
@@ -61,6 +75,10 @@ class QuantArguments:
             ValueError: A bad flag: unknown method, option or format, a scheme outside the grammar, a config
                 file that is missing, damaged or not alone.
         """
+        if self.quant_log_layers < 0:
+            raise ValueError(
+                explain("--quant_log_layers", "0 or more steps", self.quant_log_layers, "Use 0 for never.")
+            )
         if self.quant == "none" and self.quant_config is None:
             return None
         if self.quant_format is not None:
@@ -69,6 +87,13 @@ class QuantArguments:
             if self.quant_format not in FORMATS:
                 raise ValueError(unknown("format", self.quant_format, FORMATS, "--quant_format"))
         config = self._from_flags() if self.quant_config is None else self._from_file(self.quant_config)
+        if self.quant_teacher is not None:
+            if config.distill is None:
+                cure = "Add for example --quant_distill 0.5."
+                raise ValueError(explain("--quant_teacher", "a weight for what it says", "no --quant_distill", cure))
+            if not Path(self.quant_teacher).is_dir():
+                cure = "Name one that save_pretrained wrote."
+                raise ValueError(explain("--quant_teacher", "a directory", repr(self.quant_teacher), cure))
         try:
             build_estimator(config.method, dict(config.options))
         except TypeError as error:  # a string where a number belongs
@@ -84,6 +109,7 @@ class QuantArguments:
         beside = [
             f"--{name}"
             for name in ("quant", "quant_scheme", "quant_calibration", "quant_theta", "quant_option", "quant_target")
+            + ("quant_distill", "quant_distill_temperature")
             if getattr(self, name) != getattr(own, name)
         ]
         if beside:
@@ -106,6 +132,13 @@ class QuantArguments:
         ):
             if given is not None:
                 options[key] = given
+        temperature = self.quant_distill_temperature
+        if self.quant_distill is not None:
+            softened = {} if temperature is None else {"temperature": temperature}
+            options["distill"] = {"weight": self.quant_distill, **softened}
+        elif temperature is not None:
+            cure = "Add for example --quant_distill 0.5."
+            raise ValueError(explain("--quant_distill_temperature", "a weight as well", "no --quant_distill", cure))
         return QuantConfig.parse(self.quant, self.quant_scheme, **options)
 
     def _values(self) -> dict[str, Any]:

@@ -201,8 +201,6 @@ def quantized_trainers(quant: QuantArguments, built: list[Any] | None = None) ->
             cls = type(self)
             self.__class__ = type(f"Quant{cls.__name__}", (QuantTrainerMixin, cls), {"__module__": cls.__module__})
             self.init_quant(quant)
-            if model is not None:
-                self.attach_quant(model)
             original(self, model, *args, **kwargs)
             self.finish_init_quant()
         else:

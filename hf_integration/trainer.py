@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from hf_integration.arguments import QuantArguments
-from lightning_quant.attach import Report, is_attached, quantizers, without_quantizers
-from lightning_quant.checkpoint import load_quant_config, load_quant_state, save_quant_state
+from hf_integration.teacher import load_teacher
+from lightning_quant.attach import is_attached, without_quantizers
+from lightning_quant.checkpoint import load_quant_config, load_quant_state, quantizers_aside, save_quant_state
 from lightning_quant.controller import QuantController
 from lightning_quant.errors import CheckpointError, explain
+from lightning_quant.report import Report
 from lightning_quant.spec import QuantConfig
 
 if TYPE_CHECKING:
@@ -52,8 +55,12 @@ class QuantTrainerMixin:
     keys, with ``quant_config.json`` and ``quant_state.safetensors`` beside them; evaluation always runs the
     hard low-bit model; nothing is converted when training ends unless ``quant_export`` asks for an export.
 
+    ``quant_log_layers`` may be set after building: see ``QuantArguments``.
+
     Args:
         quant: ``QuantConfig``, ``QuantArguments`` or None (plain training).
+        teacher: Model that ``QuantConfig.distill`` learns from; None: the one ``quant_teacher`` names, else the model
+            itself in float.  The logged loss is the task's alone, ``quant_distill`` what the teacher adds.
         args: The base class's.
         kwargs: The base class's.
     """
@@ -61,27 +68,42 @@ class QuantTrainerMixin:
     quant: QuantController | None = None
     quant_arguments: QuantArguments | None = None
     quant_exported = False
+    quant_log_layers = 0
     _measured = -1
+    _layers_logged = 0
     _curved = -1
 
-    def __init__(self, *args: Any, quant: QuantConfig | QuantArguments | None = None, **kwargs: Any) -> None:
-        self.init_quant(quant)
+    def __init__(
+        self,
+        *args: Any,
+        quant: QuantConfig | QuantArguments | None = None,
+        teacher: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.init_quant(quant, teacher)
         model = args[0] if args else kwargs.get("model")
         if isinstance(model, nn.Module):
             self.attach_quant(model)
         super().__init__(*args, **kwargs)
         self.finish_init_quant()
 
-    def init_quant(self, quant: QuantConfig | QuantArguments | None) -> None:
+    def init_quant(self, quant: QuantConfig | QuantArguments | None, teacher: nn.Module | None = None) -> None:
         """Check the settings; the first thing that happens."""
         if isinstance(quant, QuantArguments):
+            self.quant_log_layers = quant.quant_log_layers
             self.quant_arguments, quant = quant, quant.to_config()
-        self.quant = None if quant is None else QuantController(quant)
+            if quant is not None and teacher is None and self.quant_arguments.quant_teacher is not None:
+                teacher = load_teacher(self.quant_arguments.quant_teacher)
+        self.quant = None if quant is None else QuantController(quant, teacher)
 
     def attach_quant(self, model: nn.Module) -> None:
-        """Attach to the model this Trainer will train."""
-        if self.quant is not None:
-            self.quant.prepare(model)
+        """Attach to the model this Trainer will train; what it saves by itself keeps the float model's keys."""
+        if self.quant is None:
+            return
+        self.quant.prepare(model)
+        if isinstance(model, PreTrainedModel):
+            _, mine = without_quantizers(model.state_dict(), model)
+            model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *mine}
 
     def finish_init_quant(self) -> None:
         """After the base class's ``__init__``: listen to its events."""
@@ -119,10 +141,20 @@ class QuantTrainerMixin:
             measure = self._logs_after(step + 1)
             self._measured = step + 1 if measure else self._measured
             self.quant.on_step(step, self._loss_scale(), measure)
+            if self.quant.starting:
+                self._forget_best()
             if step != self._curved and self.quant.wants_curvature(step):
                 self._curved = step
                 self.quant.update_curvature(lambda: self._batch_loss(*args, **kwargs))
         return super().training_step(*args, **kwargs)  # type: ignore[misc]
+
+    def _forget_best(self) -> None:
+        """Training leaves float: what was scored best until now is another model's.  Checkpoints stay on disk."""
+        state = self.state
+        if state.best_metric is not None and self.is_world_process_zero():
+            what = f"{state.best_metric:g} of {state.best_model_checkpoint or 'no checkpoint'}"
+            print(f"training is quantized from step {state.global_step} on; forgotten as best: {what}", flush=True)
+        state.best_metric = state.best_model_checkpoint = state.best_global_step = None
 
     def _batch_loss(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Any:
         """The loss of a batch on the bare model: every rank its own."""
@@ -160,9 +192,15 @@ class QuantTrainerMixin:
         """Add the quantizers' metrics to the training log."""
         if self.quant is not None and "loss" in logs:
             fresh = self._measured == self.state.global_step
-            values = self.quant.metrics() if fresh else self.quant.values()
+            values = self.quant.metrics(self._layers_due()) if fresh else self.quant.values()
             logs.update({f"quant_{name}": value for name, value in values.items()})
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def _layers_due(self) -> bool:
+        """Whether a multiple of ``quant_log_layers`` steps was reached since the last log of metrics."""
+        every, last, now = self.quant_log_layers, self._layers_logged, self.state.global_step
+        self._layers_logged = now
+        return every > 0 and now // every != last // every
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Observers stay out of evaluation."""
@@ -178,13 +216,14 @@ class QuantTrainerMixin:
         return out
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Weights under the float model's keys; quantizer state beside them."""
+        """Weights (of a model with adapters: those) under the float model's keys; quantizer state beside them."""
         if self.quant is None:
             super()._save(output_dir, state_dict)  # type: ignore[misc]
             return
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model = self._quant_model(None)
         weights, mine = without_quantizers(model.state_dict() if state_dict is None else state_dict, model)
-        super()._save(output_dir, weights)  # type: ignore[misc]
+        with self._float_keys():
+            super()._save(output_dir, weights)  # type: ignore[misc]
         if self.args.should_save:
             save_quant_state(output_dir or self.args.output_dir, mine, self.quant.config)
 
@@ -194,7 +233,8 @@ class QuantTrainerMixin:
             saved = load_quant_config(resume_from_checkpoint)
             self.quant.load_state_dict({**self.quant.state_dict(), "config": saved.to_dict()})
         try:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+            with self._float_keys(model):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
         except SafetensorError as error:
             raise CheckpointError(
                 explain(resume_from_checkpoint, "whole weight files", str(error), "Take an earlier checkpoint.")
@@ -204,16 +244,16 @@ class QuantTrainerMixin:
 
     def _load_best_model(self) -> None:
         """Weights of the best checkpoint, then its quantizer state."""
-        super()._load_best_model()  # type: ignore[misc]
+        with self._float_keys():
+            super()._load_best_model()  # type: ignore[misc]
         if self.quant is not None:
             load_quant_state(self._quant_model(None), self.state.best_model_checkpoint)
 
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Quantizer state is not missing from the weights' file: it is loaded from its own right after."""
-        if self.quant is not None:
-            mine = tuple(f"{path}." for path, _ in quantizers(self._quant_model(None)))
-            load_result.missing_keys[:] = [k for k in load_result.missing_keys if not k.startswith(mine)]
-        super()._issue_warnings_after_load(load_result)  # type: ignore[misc]
+    def _float_keys(self, model: nn.Module | None = None) -> AbstractContextManager[None]:
+        """While files are read and written, no quantizers; those of sharded models travel in the shards."""
+        if self.quant is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return nullcontext()
+        return quantizers_aside(self._quant_model(model))
 
     def _quant_model(self, model: nn.Module | None) -> nn.Module:
         unwrapped: nn.Module = self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lightning_quant.attach import Report, attach, detach
+from lightning_quant.attach import attach, detach
 from lightning_quant.calibration import calibrate
 from lightning_quant.codebooks import CODEBOOKS
 from lightning_quant.controller import QuantController
@@ -14,6 +14,7 @@ from lightning_quant.observers import OBSERVERS
 from lightning_quant.optim import param_groups
 from lightning_quant.quantizer import FakeQuantizer
 from lightning_quant.ranges import RANGES
+from lightning_quant.report import Report
 from lightning_quant.schedule import Schedule
 from lightning_quant.spec import LayerRule, QuantConfig, TensorSpec
 from lightning_quant.version import __version__

@@ -5,84 +5,28 @@ Parameters keep their identity and their names; a float checkpoint keeps its key
 
 from __future__ import annotations
 
-import fnmatch
 import warnings
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from lightning_quant.adapters import lora_layers
 from lightning_quant.errors import AttachError, CoverageError, explain
-from lightning_quant.estimators import Estimator, build_estimator
+from lightning_quant.estimators import ESTIMATORS, Estimator, build_estimator
+from lightning_quant.fast_path import close_fast_paths, open_fast_paths
 from lightning_quant.granularity import Granularity
-from lightning_quant.layers import QuantEmbedding, QuantLayer, float_class, is_convolution, layer_class
+from lightning_quant.layers import QuantLayer, float_class
+from lightning_quant.norms import FOLDED, FoldedBatchNorm
+from lightning_quant.operators import attach_operators, detach_operators
+from lightning_quant.plan import LayerPlan, make_plan
 from lightning_quant.progress import track
 from lightning_quant.quantizer import FakeQuantizer
-from lightning_quant.resolve import resolve_activation, resolve_weight
-from lightning_quant.spec import INHERIT, LayerRule, QuantConfig, TensorSpec
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One line of a report.
-
-    Attributes:
-        path: Module path.
-        what: Grid in words for attached layers, reason for the others.
-        share: Share of the model's weights, in [0, 1].
-    """
-
-    path: str
-    what: str
-    share: float
-
-
-@dataclass
-class Report:
-    """What ``attach`` did: attached layers, layers left out on purpose, weights nothing here can reach."""
-
-    attached: list[Entry] = field(default_factory=list)
-    excluded: list[Entry] = field(default_factory=list)
-    unsupported: list[Entry] = field(default_factory=list)
-
-    @property
-    def coverage(self) -> float:
-        """Share of the model's weights that are quantized."""
-        return sum(e.share for e in self.attached)
-
-    def __str__(self) -> str:
-        """A table; layers that differ only in their number share a line."""
-        lines = [f"{self.coverage:6.1%} of the weights in {len(self.attached)} quantized layers"]
-        for title, entries in (
-            ("quantized", self.attached),
-            ("left in float", self.excluded),
-            ("NOT REACHED", self.unsupported),
-        ):
-            merged: dict[tuple[str, str], list[float]] = {}
-            for e in entries:
-                pattern = ".".join("*" if part.isdigit() else part for part in e.path.split("."))
-                merged.setdefault((pattern, e.what), []).append(e.share)
-            for (pattern, what), shares in merged.items():
-                lines.append(f"{sum(shares):6.1%}  {title:<13}  {len(shares):>4} x {pattern}: {what}")
-        return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    path: str
-    module: nn.Module
-    kind: type[QuantLayer]
-    weight: TensorSpec
-    activation: TensorSpec | None
-    rows: tuple[int, int]
-    scales: tuple[int, ...]
-
-    @property
-    def granularity(self) -> Granularity:
-        return Granularity(self.weight.granularity, self.kind.output_axis, self.weight.group_size or 0)
+from lightning_quant.report import Report
+from lightning_quant.resolve import resolve_activation
+from lightning_quant.spec import QuantConfig, TensorSpec
 
 
 def attach(model: nn.Module, config: QuantConfig) -> Report:
@@ -108,152 +52,31 @@ def attach(model: nn.Module, config: QuantConfig) -> Report:
         raise AttachError(
             explain(type(model).__name__, "a float model", "one with quantizers", "Call detach(model) first.")
         )
-    plans, report = _plan(model, config, estimator)
+    plan = make_plan(model, config, estimator)
     weights, inputs = estimator.role(True), estimator.role(False)
-    weights = weights.fit({p.path: p.rows for p in plans}, {p.path: p.scales for p in plans})
-    quantizers = [_quantizers(p, config, weights, inputs) for p in plans]
-    for plan, (weight, activation) in track(list(zip(plans, quantizers, strict=True)), "fitting weight ranges"):
-        weight.fit_range(plan.module.weight)  # type: ignore[arg-type]
-        plan.module.__class__ = plan.kind
-        plan.module.add_module("weight_quant", weight)
-        plan.module.add_module("input_quant", activation)
-        plan.module.train(plan.module.training)
-    return report
-
-
-def _plan(model: nn.Module, config: QuantConfig, estimator: Estimator) -> tuple[list[_Plan], Report]:
-    modules = dict(model.named_modules())
-    total = max(sum(p.numel() for p in model.parameters()), 1)
-    heads = {id(h) for m in modules.values() if (h := _head(m)) is not None}
-    convolutional = any(is_convolution(type(m)) for m in modules.values())
-    used: set[int] = set()
-    plans: list[_Plan] = []
-    report = Report()
-    covered: set[int] = set()
-
-    for path, module in modules.items():
-        kind = layer_class(type(module))
-        if kind is None or not isinstance(getattr(module, "weight", None), Tensor):
-            continue
-        weight = module.weight
-        share = 0.0 if id(weight) in covered else weight.numel() / total
-        rule = _rule(config.rules, path, used)
-        weight_spec = config.weight if rule is None or rule.weight == INHERIT else rule.weight
-        input_spec = config.activation if rule is None or rule.activation == INHERIT else rule.activation
-        named = rule is not None and rule.weight not in (INHERIT, None)
-        reason = None
-        if weight_spec is None:
-            reason = "by a rule" if rule is not None and rule.weight is None else "float weights in the scheme"
-        elif kind is QuantEmbedding and not (config.embeddings or named):
-            reason = "embedding (embeddings=True quantizes it)"
-        elif id(module) in heads and not (config.head or named):
-            reason = "output head (head=True quantizes it)"
-        covered.add(id(weight))
-        if reason is not None:
-            report.excluded.append(Entry(path, reason, share))
-            continue
-        assert isinstance(weight_spec, TensorSpec)
-        assert not isinstance(input_spec, str)
-        _check_module(path, module, weight)
-        spec = resolve_weight(weight_spec, convolutional, estimator.role(True), f"{path}.weight")
-        twin = next((p for p in plans if p.module.weight is weight), None)
-        if twin is not None and not (spec.dynamic and spec == twin.weight):
-            raise AttachError(
-                explain(
-                    path,
-                    "a weight that one quantized layer owns (or scales that follow the weight: w8)",
-                    f"the same parameter as {twin.path}, which is quantized too",
-                    f'Leave one in float: LayerRule(match="{path}", weight=None).',
-                )
-            )
-        activation = None
-        if input_spec is not None and kind is not QuantEmbedding:
-            activation = resolve_activation(input_spec, convolutional, estimator.role(False), f"{path}.input")
-            if activation.granularity == "group":
-                Granularity("group", None, activation.group_size or 0).check_row(weight.shape[-1], path)
-        granularity = Granularity(spec.granularity, kind.output_axis, spec.group_size or 0)
-        scales = granularity.scale_shape(weight.shape, path)
-        plans.append(_Plan(path, module, kind, spec, activation, granularity.rows(weight.shape), scales))
-        report.attached.append(Entry(path, _words(spec, activation), share))
-
-    _check_rules(config.rules, used, list(modules))
-    for path, module in modules.items():
-        for name, p in module.named_parameters(recurse=False):
-            if p.ndim >= 2 and id(p) not in covered:
-                covered.add(id(p))
-                where = f"{path}.{name}" if path else name
-                reason = f"{type(module).__name__} is not a layer we can reach"
-                report.unsupported.append(Entry(where, reason, p.numel() / total))
-    if not plans:
-        raise AttachError(
-            explain(
-                type(model).__name__,
-                "at least one layer to quantize (Linear, Conv, ConvTranspose, Embedding, Conv1D; exact classes)",
-                "none" + (f" ({len(report.excluded)} left out)" if report.excluded else ""),
-                "Loosen the rules, or pass the inner model that holds the layers:\n" + str(report),
-            )
-        )
-    return plans, report
-
-
-def _head(module: nn.Module) -> nn.Module | None:
-    getter = getattr(module, "get_output_embeddings", None)
-    if getter is None:
-        return None
-    try:
-        head = getter()
-    except (AttributeError, NotImplementedError):
-        return None
-    return head if isinstance(head, nn.Module) else None
-
-
-def _rule(rules: tuple[LayerRule, ...], path: str, used: set[int]) -> LayerRule | None:
-    matching = [i for i, rule in enumerate(rules) if rule.matches(path)]
-    used.update(matching)
-    return rules[matching[0]] if matching else None
-
-
-def _check_rules(rules: tuple[LayerRule, ...], used: set[int], paths: list[str]) -> None:
-    for i, rule in enumerate(rules):
-        if i not in used:
-            near = [p for p in paths if p and fnmatch.fnmatchcase(p, f"*{rule.match.strip('*.').split('.')[-1]}*")]
-            hint = f"Paths that come near: {', '.join(near[:5])}." if near else f"Paths look like {paths[-1]!r}."
-            raise AttachError(
-                explain(
-                    f"rules[{i}]", "a pattern that matches a layer", f"match={rule.match!r}, which matches none", hint
-                )
-            )
-
-
-def _check_module(path: str, module: nn.Module, weight: Tensor) -> None:
-    if "forward" in module.__dict__:
-        raise AttachError(
-            explain(
-                path,
-                "a module with its class's own forward",
-                "a forward patched on the instance (accelerate's hooks do that)",
-                "Attach before dispatch_model / prepare, or call accelerate.hooks.remove_hook_from_submodules(model).",
-            )
-        )
-    if weight.is_meta:
-        raise AttachError(explain(path, "a weight with values", "a meta tensor", "Load the weights, then attach."))
-    if getattr(module, "sparse", False):
-        raise AttachError(
-            explain(path, "an embedding with dense gradients", "sparse=True", "Build it with sparse=False.")
-        )
-    if not weight.is_floating_point() or type(weight.data) is not Tensor:
-        raise AttachError(
-            explain(
-                path,
-                "a plain floating-point weight",
-                f"{type(weight.data).__name__} of {weight.dtype}",
-                "Attach before sharding, and to a model that is not stored quantized.",
-            )
-        )
+    weights = weights.fit({p.path: p.rows for p in plan.layers}, {p.path: p.scales for p in plan.layers})
+    quantizers = [_quantizers(p, config, weights, inputs) for p in plan.layers]
+    for layer, (weight, activation) in track(list(zip(plan.layers, quantizers, strict=True)), "fitting weight ranges"):
+        module: QuantLayer = layer.module  # type: ignore[assignment]
+        module.__class__ = layer.kind
+        if layer.path in plan.norms:
+            norm = model.get_submodule(plan.norms[layer.path])
+            norm.__class__ = FOLDED[type(norm)]
+            norm.follows = config.batch_norm == "two_pass"  # type: ignore[assignment]
+            module.folds = (norm,)  # type: ignore[assignment]
+        with torch.no_grad():
+            weight.fit_range(module.folded()[0])
+        module.add_module("weight_quant", weight)
+        module.add_module("input_quant", activation)
+        module.train(module.training)
+    _join_adapters(model)
+    attach_operators(model, plan.operators, partial(_operand, config))
+    close_fast_paths(model)
+    return plan.report
 
 
 def _quantizers(
-    plan: _Plan, config: QuantConfig, weights: Estimator, inputs: Estimator
+    plan: LayerPlan, config: QuantConfig, weights: Estimator, inputs: Estimator
 ) -> tuple[FakeQuantizer, FakeQuantizer | None]:
     weight: Tensor = plan.module.weight  # type: ignore[assignment]
     build = partial(FakeQuantizer, target=config.target, dtype=weight.dtype, device=weight.device)
@@ -276,16 +99,22 @@ def _quantizers(
     return own, of_inputs
 
 
-def _words(weight: TensorSpec, activation: TensorSpec | None) -> str:
-    def one(letter: str, spec: TensorSpec) -> str:
-        size = str(spec.group_size) if spec.group_size else ""
-        kind = "dynamic" if spec.dynamic else "learned" if spec.learn_scale else "fixed"
-        more = "" if spec.symmetric else " asymmetric"
-        for value, usual in ((spec.grid, "int"), (spec.range, "scale"), (spec.scale_format, "float")):
-            more += "" if value == usual else f" {value}"
-        return f"{letter}{spec.bits:g} {spec.granularity}{size} {kind}{more}"
+def _join_adapters(model: nn.Module) -> None:
+    """Let base layers of LoRA that are quantized now round the merged weight."""
+    for _, lora in lora_layers(model):
+        base = lora.base_layer
+        if isinstance(base, QuantLayer):
+            from lightning_quant.lora import LoraFold, QuantLoraLinear
 
-    return one("w", weight) + (", " + one("a", activation) if activation else "")
+            lora.__class__ = QuantLoraLinear
+            base.folds = (LoraFold(lora),)  # type: ignore[arg-type]
+
+
+def _operand(config: QuantConfig, where: str) -> FakeQuantizer:
+    """The quantizer of what an operator reads: straight-through, its range observed in the calibration steps."""
+    rule = ESTIMATORS["ste"]()
+    spec = TensorSpec(config.operators or 8, granularity="tensor", dynamic=False)
+    return FakeQuantizer(resolve_activation(spec, True, rule, where), Granularity("tensor", None), rule, where=where)
 
 
 def detach(model: nn.Module, fold: bool = True) -> nn.Module:
@@ -298,16 +127,46 @@ def detach(model: nn.Module, fold: bool = True) -> nn.Module:
 
     Returns:
         The same model.
+
+    Raises:
+        AttachError: ``fold`` with LoRA adapters that are not merged.
     """
+    for path, lora in lora_layers(model) if fold else ():
+        if isinstance(lora.base_layer, QuantLayer):
+            cure = "Call merge_and_unload(), then detach what it returns; or detach(model, fold=False)."
+            raise AttachError(explain(path, "adapters merged first", "adapters beside a quantized layer", cure))
     for _, layer in quant_layers(model):
         if fold:
             with torch.no_grad():
-                layer.weight.copy_(layer.weight_quant.on_grid(layer.weight))
+                for tensor, value in [(layer.weight, layer.on_grid()), *deployed_norm(layer)]:
+                    tensor.copy_(value)
+        for folded in layer.folds:
+            folded.undo()
+        layer.__dict__.pop("folds", None)
         layer.__class__ = float_class(layer)  # type: ignore[assignment]
         del layer.weight_quant
         if "input_quant" in layer._modules:
             del layer.input_quant
+    detach_operators(model)
+    open_fast_paths(model)
     return model
+
+
+@torch.no_grad()
+def deployed_norm(layer: QuantLayer) -> list[tuple[Tensor, Tensor]]:
+    """Tensors of a folded normalization and of the layer's bias, with the values that ship beside the on-grid weight.
+
+    The normalization is left to add the folded bias and nothing else.
+    """
+    values = []
+    for norm in layer.folds:
+        if not isinstance(norm, FoldedBatchNorm):
+            continue
+        own: dict[str, Tensor] = {**norm._parameters, **norm._buffers}  # type: ignore[dict-item]
+        values += [(own[name], value) for name, value in norm.identity(norm.fold(layer)[1]).items()]
+        if layer.bias is not None:
+            values.append((layer.bias, torch.zeros_like(layer.bias)))
+    return values
 
 
 def is_attached(model: nn.Module) -> bool:
@@ -351,7 +210,7 @@ def check_coverage(model: nn.Module, mode: str, phase: str) -> None:
         missed[0],
         f"every quantizer to be called by a {phase} batch",
         f"{len(missed)} never called ({', '.join(missed[:4])}{', ...' if len(missed) > 4 else ''})",
-        "Usual causes: nn.MultiheadAttention or TransformerEncoderLayer's fast path read weights themselves, "
+        "Usual causes: nn.MultiheadAttention reads weights itself, "
         "accelerate hooks kept an old forward, experts that got no token, or an unused layer. "
         'Exclude them with LayerRule(match=..., weight=None), or set coverage="warn".',
     )

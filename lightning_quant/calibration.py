@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_quant import distributed
-from lightning_quant.attach import quantizers
+from lightning_quant.attach import quant_layers, quantizers
 from lightning_quant.errors import explain
 from lightning_quant.progress import track
 from lightning_quant.quantizer import FakeQuantizer
@@ -40,6 +40,13 @@ def _reduce(group: list[FakeQuantizer], largest: bool) -> None:
     rows = torch.stack([empty if q.noted is None else q.noted.to(empty) for q in group])
     for q, noted in zip(group, distributed.reduce(rows, largest), strict=True):
         q.noted = noted.to(q.device) if noted[2] > 0 else None
+
+
+@torch.no_grad()
+def fit_weights(model: nn.Module) -> None:
+    """Read static weight ranges off the weights as they are now, as ``attach`` did; sharded ones are gathered."""
+    for _, layer in quant_layers(model):
+        layer.weight_quant.fit_range(distributed.whole(layer.folded()[0]))
 
 
 def calibrate(model: nn.Module, batches: Iterable[Any]) -> int:

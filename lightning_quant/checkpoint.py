@@ -1,13 +1,16 @@
 """A training directory: what ``save_pretrained`` writes, with the float model's keys, plus our side files.
 
 ``quant_config.json`` holds the config, ``quant_state.safetensors`` the quantizers' state.  The weights load
-by plain ``from_pretrained``; the side files bring the model back to where training was.
+by plain ``from_pretrained``, those of a model with adapters by PEFT's; the side files bring the model back to where
+training was.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,26 @@ from torch import Tensor, nn
 
 from lightning_quant.attach import attach, is_attached, without_quantizers
 from lightning_quant.errors import CheckpointError, explain
+from lightning_quant.quantizer import FakeQuantizer
 from lightning_quant.spec import QuantConfig
 
 STATE_FILE = "quant_state.safetensors"
 CONFIG_FILE = "quant_config.json"
+ADAPTER_FILE = "adapter_config.json"
+
+
+@contextmanager
+def quantizers_aside(model: nn.Module) -> Iterator[None]:
+    """While open, the model has the float model's keys and no others: what saves or loads it sees no quantizers."""
+    holders = [m for m in model.modules() if any(isinstance(c, FakeQuantizer) for c in m._modules.values())]
+    whole = [m._modules for m in holders]
+    try:
+        for module in holders:
+            module._modules = {n: c for n, c in module._modules.items() if not isinstance(c, FakeQuantizer)}
+        yield
+    finally:
+        for module, children in zip(holders, whole, strict=True):
+            module._modules = children
 
 
 def save_quant_state(directory: str | Path, state: dict[str, Tensor], config: QuantConfig) -> None:
@@ -106,21 +125,51 @@ def load_training_checkpoint(directory: str | Path, model: nn.Module | None = No
     """The model of a training directory as training had it: float weights plus quantizers.
 
     Args:
-        directory: Holds weights, ``quant_config.json`` and ``quant_state.safetensors``.
-        model: A float model with the directory's weights already in it; None: made by
-            ``from_pretrained`` of the auto class that the directory's ``architectures`` names.
+        directory: Holds weights, or PEFT's adapters, with ``quant_config.json`` and ``quant_state.safetensors``.
+        model: A float model with the directory's weights already in it; with adapters also the model they were
+            trained beside, which gets them.  None: made by ``from_pretrained`` of the auto class that the
+            directory's ``architectures`` names; with adapters, of the base model that they name.
         kwargs: For ``from_pretrained``.
 
     Returns:
         The model, in eval mode.
+
+    Raises:
+        CheckpointError: Something is missing or damaged.
     """
     config = load_quant_config(directory)
-    if model is None:
+    if (Path(directory) / ADAPTER_FILE).is_file():
+        model = _with_adapters(directory, model, **kwargs)
+    elif model is None:
         model = _from_pretrained(directory, **kwargs)
     if not is_attached(model):
         attach(model, config)
     load_quant_state(model, directory)
     return model.eval()
+
+
+def _with_adapters(directory: str | Path, model: nn.Module | None, **kwargs: Any) -> nn.Module:
+    """The base model, with the directory's adapters unless it is wrapped already."""
+    from peft import PeftModel
+
+    if isinstance(model, PeftModel):
+        return model
+    file = Path(directory) / ADAPTER_FILE
+    if model is None:
+        try:
+            base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        except json.JSONDecodeError as error:
+            raise CheckpointError(explain(str(file), "JSON", str(error), "Take an earlier checkpoint.")) from error
+        if not base:
+            cure = "Pass it: load_training_checkpoint(directory, model), verify(path, load_training_checkpoint(...))."
+            raise CheckpointError(explain(str(file), "the name of the base model", repr(base), cure))
+        model = _from_pretrained(base, **kwargs)
+    try:
+        wrapped: nn.Module = PeftModel.from_pretrained(model, directory)  # type: ignore[arg-type]
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        got, cure = " ".join(str(error).split())[:300], "Give the base model they were trained beside."
+        raise CheckpointError(explain(str(directory), "adapters of this model", got, cure)) from error
+    return wrapped
 
 
 def _from_pretrained(directory: str | Path, **kwargs: Any) -> nn.Module:

@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     check = commands.add_parser("verify", help="compare an export with the training directory it came from")
     check.add_argument("export", help="directory that export() wrote")
     check.add_argument("--against", required=True, help="training directory (checkpoint-* or output directory)")
-    check.add_argument("--tolerance", type=float, default=0.0, help="largest logit difference that counts as equal")
+    check.add_argument("--tolerance", type=float, help="largest logit difference that counts as equal (default: 0)")
     check.add_argument("--json", action="store_true", help="print the report as JSON")
     check.set_defaults(run=_verify)
 

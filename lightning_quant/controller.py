@@ -6,21 +6,27 @@ Everything it does is a function of the optimizer step, so resuming needs the st
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_quant.attach import Report, attach, check_coverage, is_attached, quant_layers, quantizers
-from lightning_quant.calibration import commit_ranges, open_observers
+from lightning_quant.attach import attach, check_coverage, is_attached, quant_layers, quantizers
+from lightning_quant.calibration import commit_ranges, fit_weights, open_observers
 from lightning_quant.curvature import curvature
-from lightning_quant.distributed import whole
+from lightning_quant.distill import Distiller
 from lightning_quant.errors import AttachError, explain
 from lightning_quant.estimators import build_estimator
-from lightning_quant.optim import split_groups
+from lightning_quant.layers import QuantLayer
+from lightning_quant.metrics import codes, flips, learned_scales, readings, summary, to_floats
+from lightning_quant.norms import hold_statistics
+from lightning_quant.optim import freeze_with_weights, split_groups
+from lightning_quant.parts import refuse_other_config
 from lightning_quant.quantizer import FakeQuantizer
-from lightning_quant.schedule import Schedule
+from lightning_quant.report import Report
+from lightning_quant.schedule import Schedule, delay_steps
 from lightning_quant.spec import QuantConfig
 
 STATE_VERSION = 1
@@ -36,29 +42,64 @@ class QuantController:
 
     Args:
         config: What to quantize and how; checked here, before any work.
+        teacher: What ``QuantConfig.distill`` learns from; None: the model itself in float.
+
+    Raises:
+        ValueError: A bad setting, or a teacher that nothing learns from.
+
+    Attributes:
+        start: First optimizer step whose forwards are quantized (``QuantConfig.delay``), once ``begin`` has run.
+        starting: Whether the last ``on_step`` was the first of that very step: training leaves float now.
     """
 
-    def __init__(self, config: QuantConfig) -> None:
+    def __init__(self, config: QuantConfig, teacher: nn.Module | None = None) -> None:
         self.config = config
+        if teacher is not None and config.distill is None:
+            cure = "Set for example distill=0.5."
+            raise ValueError(explain("QuantConfig.distill", "a weight for what the teacher says", None, cure))
+        self._distiller = None if config.distill is None else Distiller(config.distill, teacher)
         self.estimator = build_estimator(config.method, dict(config.options))
         self.schedules = {**self.estimator.role(False).schedules(), **self.estimator.role(True).schedules()}
         self.report: Report | None = None
         self.total_steps: int | None = None
         self.step = 0
+        self.start = 0
+        self.starting = False
+        self._latest = -1
         self._observed = config.calibration
         self._now: dict[str, float] = {}
         self._loss_scale: float | Tensor = 1.0
         self._model: nn.Module | None = None
         self._trained = self._evaluated = False
+        self._holds: bool | None = None
         self._quantizers: list[FakeQuantizer] = []
-        self._weights: dict[FakeQuantizer, nn.Module] = {}
+        self._weights: dict[FakeQuantizer, QuantLayer] = {}
         self._scheduled: list[tuple[str, Schedule, list[Tensor]]] = []
+        self._measures = False
+        self._names: dict[FakeQuantizer, str] = {}
+        self._starts: dict[FakeQuantizer, Tensor] = {}
+        self._codes: dict[FakeQuantizer, Tensor] = {}
 
-    def prepare(self, model: nn.Module) -> Report | None:
-        """Attach, unless the model already holds quantizers (a second stage of the same run)."""
+    def prepare(self, model: nn.Module, root: nn.Module | None = None) -> Report | None:
+        """Attach, unless the model already holds quantizers (a second stage of the same run, or put there by hand).
+
+        Args:
+            model: What is quantized.
+            root: What is trained, if the model is a part of it: distillation's module is looked for there.
+
+        Raises:
+            AttachError: The model cannot be quantized as asked, or is already, in another way.
+        """
         self._model = model
         if not is_attached(model):
             self.report = attach(model, self.config)
+            freeze_with_weights(model)
+        refuse_other_config(model, self.config, self.estimator)
+        if self._distiller is not None:
+            self._distiller.find(model if root is None else root)
+        if self.config.delay:
+            for _, q in quantizers(model):
+                q.track_start()
         return self.report
 
     def begin(self, total_steps: int | None) -> None:
@@ -68,16 +109,23 @@ class QuantController:
             total_steps: Optimizer steps in all, None if unknown.
 
         Raises:
-            ValueError: A schedule needs the length and it is not known.
+            ValueError: A schedule or the delay needs the length and it is not known.
             AttachError: A state that cannot follow its sharded weight.
         """
         self.total_steps = total_steps
+        self.start, self._latest = delay_steps(self.config.delay, total_steps), -1
         self._now.update(self.values())
-        self._observed = max(self.config.calibration, self.estimator.role(False).calibration(total_steps))
-        self._quantizers = [q for _, q in quantizers(self.model)]
+        own = self.estimator.role(False).calibration(total_steps)
+        self._observed = max(self.start + self.config.calibration, own)
+        found = list(quantizers(self.model))
+        self._quantizers = [q for _, q in found]
+        self._names = {q: f"{path}/" for path, q in found}
         self._weights = {}
         for path, layer in quant_layers(self.model):
             self._weights[layer.weight_quant] = layer
+            self._names[layer.weight_quant] = f"{path}/weight_"
+            if layer.input_quant is not None:
+                self._names[layer.input_quant] = f"{path}/input_"
             if layer.weight_quant.estimator.holds_elements and hasattr(layer.weight, "to_local"):
                 name = type(layer.weight_quant.estimator).__name__.lower()
                 expected = f"a whole weight for the state per element that {name} keeps"
@@ -89,7 +137,12 @@ class QuantController:
             for name, schedule in q.estimator.schedules().items():
                 buffers.setdefault((name, schedule), []).append(q._buffers[name])  # type: ignore[arg-type]
         self._scheduled = [(name, schedule, found) for (name, schedule), found in buffers.items()]
+        self._starts = {q: scales for q in self._quantizers if (scales := learned_scales(q)) is not None}
         self._trained = self._evaluated = False
+        self._holds = None if self.config.freeze_batch_norm is not None else False
+        if self._holds is None and not total_steps:
+            expected, cure = "the number of optimizer steps of the run", "Set max_steps or max_epochs."
+            raise ValueError(explain("freeze_batch_norm", expected, total_steps, cure))
 
     @property
     def model(self) -> nn.Module:
@@ -101,7 +154,12 @@ class QuantController:
     def values(self, step: int | None = None) -> dict[str, float]:
         """The scheduled values at an optimizer step (default: the current one)."""
         at = self.step if step is None else step
-        return {name: schedule(at, self.total_steps) for name, schedule in self.schedules.items()}
+        return {name: self._value(name, schedule, at) for name, schedule in self.schedules.items()}
+
+    def _value(self, name: str, schedule: Schedule, step: int) -> float:
+        """A scheduled value; nothing pulls towards a grid that training does not round to yet."""
+        value = schedule(step, self.total_steps)
+        return 0.0 if name == "lam" and step < self.start else value
 
     def on_step(self, step: int, loss_scale: float | Tensor = 1.0, measure: bool = False) -> None:
         """Before a training forward: fill the scheduled buffers, open or close the observers.
@@ -110,13 +168,20 @@ class QuantController:
             step: Optimizer steps done so far.
             loss_scale: What the gradient of the mean loss is multiplied with in this backward: the
                 gradient scaler's factor over the number of accumulated micro-batches.
-            measure: Let the forward measure errors for ``metrics``.
+            measure: Let this step's forward and update measure for ``metrics``; the same on every rank.
         """
-        self.step, self._loss_scale = step, loss_scale
+        self.step, self._loss_scale, self._measures, self._codes = step, loss_scale, measure, {}
+        self.starting = 0 < self.start == step != self._latest
+        self._latest = step
+        if self.starting:
+            fit_weights(self.model)
+            self._starts = {q: scales for q, scales in self._starts.items() if q not in self._weights}
         for name, schedule, buffers in self._scheduled:
-            value = schedule(step, self.total_steps)
+            value = self._value(name, schedule, step)
             _fill(buffers, value * loss_scale if name == "lam" else value)
         _fill([q.step for q in self._quantizers if "step" in q._buffers], step)
+        _fill([q.started for q in self._quantizers if q.delayed], float(step >= self.start))
+        self._hold_statistics(step)
         observing = step < self._observed
         if observing or any(q.observing for q in self._quantizers):
             open_observers(self.model, observing)
@@ -124,11 +189,23 @@ class QuantController:
         for q in self._quantizers:
             if q.measuring != measure:
                 q.measuring = measure
+        if self._distiller is not None and step >= self.start:
+            self._distiller.open(loss_scale, measure)
+
+    def _hold_statistics(self, step: int) -> None:
+        """Batch normalization keeps its statistics from a share of the run on."""
+        share = self.config.freeze_batch_norm
+        if share is None:
+            return
+        holds = step >= share * (self.total_steps or 0)
+        if holds != self._holds:
+            self._holds = holds
+            hold_statistics(self.model, holds)
 
     def wants_curvature(self, step: int) -> bool:
         """Whether ``update_curvature`` is due before this optimizer step."""
         rule: Any = self.estimator
-        if not rule.follows_curvature or step == 0:
+        if not rule.follows_curvature or step == 0 or step < self.start:
             return False
         if self.total_steps is None:
             expected = "the number of optimizer steps of the run"
@@ -142,7 +219,9 @@ class QuantController:
             loss: Runs the forward of the current batch, changing nothing else, and returns the scalar loss.
         """
         rule: Any = self.estimator
-        for q, (trace, spread) in curvature(self.model, loss, self.step, rule.probes, rule.tolerance).items():
+        with nullcontext() if self._distiller is None else self._distiller.paused():
+            found = curvature(self.model, loss, self.step, rule.probes, rule.tolerance)
+        for q, (trace, spread) in found.items():
             q.estimator.take_curvature(q, trace, spread)
 
     def before_optimizer_step(self, optimizer: Optimizer | None = None) -> None:
@@ -151,30 +230,54 @@ class QuantController:
         Args:
             optimizer: The one about to step; state of weights it does not hold waits for theirs.
         """
+        if self._measures and not self._codes:  # of several optimizers in one batch before the first
+            self._codes = {q: self._code(q) for q in self._weights}
         stepped = {q: layer for q, layer in self._weights.items() if q.estimator.holds_elements}
-        if not stepped:
+        if not stepped or self.step < self.start:
             return
         held = None if optimizer is None else {id(p) for g in optimizer.param_groups for p in g["params"]}
         for q, layer in stepped.items():
             if held is None or id(layer.weight) in held:
                 q.estimator.before_optimizer_step(q, layer.weight)  # type: ignore[arg-type]
 
-    def after_optimizer_step(self) -> None:
-        """After an update: take observed ranges in, project learned state, check coverage once."""
+    def after_optimizer_step(self, skipped: bool = False) -> None:
+        """After an update: take observed ranges in, project learned state, check coverage once.
+
+        Args:
+            skipped: A gradient scaler left the update out: weights are where they were, so nothing is projected
+                and no oscillation counted.
+        """
         commit_ranges(self.model)
         _floor_scales(self._quantizers)
         for q in self._quantizers:
             layer = self._weights.get(q)
-            q.estimator.project(q, None if layer is None else layer.weight)  # type: ignore[arg-type]
+            if self.step >= self.start and not skipped:
+                q.estimator.project(q, None if layer is None else layer.weight)  # type: ignore[arg-type]
             if not q.spec.dynamic and q.ready:
                 q.range.project(q)
+        for q, then in self._codes.items():
+            q.measured["flips"] = flips(then, self._code(q))
+        self._codes = {}
         if not self._trained:
             self._trained = True
             check_coverage(self.model, self.config.coverage, "training")
+        if self._distiller is not None:
+            self._distiller.check(self.config.coverage)
+
+    @torch.no_grad()
+    def _code(self, q: FakeQuantizer) -> Tensor:
+        return codes(q, self._weights[q].folded()[0])
 
     def on_eval(self) -> None:
-        """Before evaluation: observers closed, nothing measured, training's calls forgotten."""
+        """Before evaluation: observers closed, nothing measured or taught, training's calls forgotten.
+
+        Before quantization starts, evaluation's weight ranges are those of the weights as they are.
+        """
         open_observers(self.model, False)
+        if self._distiller is not None:
+            self._distiller.close()
+        if self.step < self.start:
+            fit_weights(self.model)
         for _, q in quantizers(self.model):
             q.measuring = False
             if not self._evaluated:
@@ -190,21 +293,26 @@ class QuantController:
         """Give the quantizers' parameters their own optimizer groups: see ``optim.split_groups``."""
         split_groups(optimizers, schedulers, self.model, self.config)
 
-    def metrics(self) -> dict[str, float]:
-        """Scheduled values now, and means over quantizers of state and of what the last forward measured."""
-        out = dict(self.values())
-        sums: dict[str, list[Tensor]] = {}
-        for q in self._quantizers:
-            name = "error" if q.is_weight else "input_error"
-            if "error" in q.measured:
-                sums.setdefault(name, []).append(q.measured["error"])
-            if "progressive_loss" in q.measured:
-                sums.setdefault("progressive_loss", []).append(q.measured["progressive_loss"])
-            for key, value in q.estimator.metrics(q).items():
-                sums.setdefault(key, []).append(value)
-        for key, values in sums.items():
-            stacked = torch.stack([whole(v).float() for v in values])
-            out[key] = float(stacked.sum() / self._loss_scale if key == "progressive_loss" else stacked.mean())
+    def metrics(self, layers: bool = False) -> dict[str, float]:
+        """Scheduled values now, and what ``lightning_quant.metrics`` says of quantizers: a collective under sharding.
+
+        ``distill`` is what the last forward's distillation adds to the loss.
+
+        Args:
+            layers: Also those of every layer, as ``path/weight_error``, ``path/input_clip``; other quantizers' have
+                their own path, ``path/error``.
+        """
+        found = {q: readings(q, self._starts) for q in self._quantizers}
+        for metrics in found.values():
+            if "progressive_loss" in metrics:
+                metrics["progressive_loss"] = metrics["progressive_loss"] / self._loss_scale
+        numbers = iter(to_floats(value for metrics in found.values() for value in metrics.values()))
+        figures = {q: {name: next(numbers) for name in metrics} for q, metrics in found.items()}
+        out = {**self.values(), **summary(figures)}
+        if self._distiller is not None and self._distiller.value is not None:
+            out["distill"] = float(self._distiller.value)
+        if layers:
+            out |= {self._names[q] + name: value for q, own in figures.items() for name, value in own.items()}
         return out
 
     def state_dict(self) -> dict[str, Any]:

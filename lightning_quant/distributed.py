@@ -40,16 +40,20 @@ def whole(x: Tensor) -> Tensor:
     return x if full is None else full()
 
 
-def fill(target: Tensor, value: Tensor) -> None:
-    """Copy the same whole value on every rank into a tensor that may be sharded."""
+def like(value: Tensor, target: Tensor) -> Tensor:
+    """The same whole value on every rank, sharded as ``target`` is; as it is where that is not."""
     mesh = getattr(target, "device_mesh", None)
     if mesh is None:
-        target.copy_(value)
-        return
+        return value
     from torch.distributed.tensor import DTensor, Replicate
 
-    copies = DTensor.from_local(value.to(target.dtype), mesh, [Replicate()] * mesh.ndim, run_check=False)
-    to_local(target).copy_(to_local(copies.redistribute(placements=target.placements)))  # type: ignore[attr-defined]
+    copies = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return copies.redistribute(placements=target.placements)  # type: ignore[attr-defined]
+
+
+def fill(target: Tensor, value: Tensor) -> None:
+    """Copy the same whole value on every rank into a tensor that may be sharded."""
+    to_local(target).copy_(to_local(like(value.to(target.dtype), target)))
 
 
 def barrier() -> None:

@@ -84,6 +84,7 @@ def fold_batch_norm(
     var: Tensor,
     eps: float = 1e-5,
     axis: int = 0,
+    groups: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Weight and bias of the layer that also does the batch normalization after it.
 
@@ -98,8 +99,15 @@ def fold_batch_norm(
         var: Running variance.
         eps: Its eps.
         axis: The weight's output-channel dimension.
+        groups: Of a grouped transposed convolution, whose weight (in, out / groups, ...) holds each group's outputs in
+            that group's rows; 1 elsewhere.
     """
     factor = gamma / torch.sqrt(var + eps)
-    shape = [-1 if i == axis else 1 for i in range(weight.ndim)]
     old = torch.zeros_like(mean) if bias is None else bias
-    return weight * factor.reshape(shape), beta + (old - mean) * factor
+    shape = [-1 if i == axis else 1 for i in range(weight.ndim)]
+    if groups == 1:
+        folded = weight * factor.reshape(shape)
+    else:
+        grouped = weight.reshape(groups, -1, *weight.shape[1:]) * factor.reshape(groups, *shape)
+        folded = grouped.reshape(weight.shape)
+    return folded, beta + (old - mean) * factor

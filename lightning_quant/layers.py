@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
@@ -10,24 +10,65 @@ from torch import Tensor, nn
 from lightning_quant.quantizer import FakeQuantizer
 
 
-class QuantLayer(nn.Module):
-    """What the quantized layers share: the two quantizers and the facts attach needs.
+class Fold(Protocol):
+    """What changes a layer's weight before it is rounded: a normalization after it, adapters beside it."""
 
-    Class attributes: ``output_axis``, the weight's output-channel dimension, and ``input_channels``, the
-    attribute with the number of input channels, and ``channel_axis``, their dimension in the input.
+    def fold(self, layer: QuantLayer) -> tuple[Tensor, Tensor | None]:
+        """The weight and bias that evaluation rounds and adds."""
+
+    def sources(self) -> list[nn.Parameter]:
+        """Parameters beside the layer's own weight that the rounded one is made of."""
+
+    def through(self, layer: QuantLayer, x: Tensor, *sizes: Any) -> Tensor:
+        """The layer's output for a quantized input."""
+
+    def undo(self) -> None:
+        """Be what it was before ``attach``."""
+
+
+class QuantLayer(nn.Module):
+    """What the quantized layers share: the two quantizers, the normalization folded in, the facts attach needs.
+
+    Class attributes: ``output_axis``, the weight's output-channel dimension, ``input_channels``, the attribute
+    with the number of input channels, and ``channel_axis``, the dimension of channels in input and output.
     """
 
     weight: Tensor
+    bias: Tensor | None
     weight_quant: FakeQuantizer
     input_quant: FakeQuantizer | None
     output_axis = 0
     input_channels = "in_features"
     channel_axis = -1
+    folds: tuple[Fold, ...] = ()  # a tuple, so that what it holds stays a child of its own parent
 
-    def quant_weight(self) -> Tensor:
-        """The weight on its grid."""
-        weight: Tensor = self.weight_quant(self.weight)
-        return weight
+    def forward(self, input: Tensor, *sizes: Any) -> Tensor:
+        """As the float layer."""
+        x = self.quant_input(input)
+        y = self.folds[0].through(self, x, *sizes) if self.folds else self.product(x, *self.quant_terms(), *sizes)
+        return self.quant_output(y)
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, *sizes: Any) -> Tensor:
+        """The float layer's operation with this weight and bias."""
+        raise NotImplementedError
+
+    def folded(self) -> tuple[Tensor, Tensor | None]:
+        """The float weight and bias that evaluation rounds and adds."""
+        return self.folds[0].fold(self) if self.folds else (self.weight, getattr(self, "bias", None))
+
+    def sources(self) -> list[nn.Parameter]:
+        """Parameters that the rounded weight is made of."""
+        own: list[nn.Parameter] = [self.weight]  # type: ignore[list-item]
+        return own + [p for folded in self.folds for p in folded.sources()]
+
+    def quant_terms(self) -> tuple[Tensor, Tensor | None]:
+        """The weight on its grid, and the bias."""
+        weight, bias = self.folded()
+        return self.weight_quant(weight), bias
+
+    def on_grid(self) -> Tensor:
+        """The weight as evaluation computes with it; a sharded one is gathered."""
+        return self.weight_quant.on_grid(self.folded()[0])
 
     def quant_input(self, x: Tensor) -> Tensor:
         """The input on its grid, or as it is."""
@@ -35,24 +76,24 @@ class QuantLayer(nn.Module):
 
     def quant_output(self, y: Tensor) -> Tensor:
         """The output, with whatever the method does to the gradient that comes back through it."""
-        return self.weight_quant.estimator.output(self.weight_quant, y)
+        return self.weight_quant.output(y)
 
 
 class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]
     """``nn.Linear`` on the grid."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        """As ``nn.Linear``."""
-        return self.quant_output(F.linear(self.quant_input(input), self.quant_weight(), self.bias))
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Product with a matrix."""
+        return F.linear(x, weight, bias)
 
 
 class _QuantConv(QuantLayer):
     input_channels = "in_channels"
 
-    def forward(self, input: Tensor) -> Tensor:
-        """As the float layer."""
-        y: Tensor = self._conv_forward(self.quant_input(input), self.quant_weight(), self.bias)  # type: ignore[operator]
-        return self.quant_output(y)
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Convolution."""
+        y: Tensor = self._conv_forward(x, weight, bias)  # type: ignore[operator]
+        return y
 
 
 class QuantConv1d(_QuantConv, nn.Conv1d):  # type: ignore[misc]
@@ -81,13 +122,14 @@ class _QuantConvTranspose(QuantLayer):
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """As the float layer."""
+        return super().forward(input, output_size)
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None) -> Tensor:
+        """Transposed convolution."""
         sizes: Any = (output_size, self.stride, self.padding, self.kernel_size, self.spatial, self.dilation)
-        extra = self._output_padding(input, *sizes)  # type: ignore[operator]
-        x, weight = self.quant_input(input), self.quant_weight()
-        y: Tensor = type(self).function(
-            x, weight, self.bias, self.stride, self.padding, extra, self.groups, self.dilation
-        )
-        return self.quant_output(y)
+        extra = self._output_padding(x, *sizes)  # type: ignore[operator]
+        y: Tensor = type(self).function(x, weight, bias, self.stride, self.padding, extra, self.groups, self.dilation)
+        return y
 
 
 class QuantConvTranspose1d(_QuantConvTranspose, nn.ConvTranspose1d):  # type: ignore[misc]
@@ -120,7 +162,7 @@ class QuantEmbedding(QuantLayer, nn.Embedding):  # type: ignore[misc]
         """As ``nn.Embedding``."""
         return F.embedding(
             input,
-            self.quant_weight(),
+            self.weight_quant(self.weight),
             self.padding_idx,
             self.max_norm,
             self.norm_type,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_quant.attach import quantizers
+from lightning_quant.attach import quant_layers, quantizers
 from lightning_quant.errors import explain
 from lightning_quant.spec import QuantConfig
 
@@ -42,11 +43,20 @@ def param_groups(model: nn.Module, config: QuantConfig, lr: float, weight_decay:
     return groups
 
 
+def freeze_with_weights(model: nn.Module) -> None:
+    """Stop learning the quantizers of layers whose weights are frozen: what is not trained keeps its grid."""
+    for _, layer in quant_layers(model):
+        if not any(p.requires_grad for p in layer.sources()):
+            for _, q in quantizers(layer):
+                q.requires_grad_(False)
+
+
 def split_groups(optimizers: list[Optimizer], schedulers: list[Any], model: nn.Module, config: QuantConfig) -> None:
     """Move quantizer parameters out of the groups an optimizer was built with into groups of their own.
 
-    A new group copies its origin's settings with learning rates times the factor and no weight decay;
-    learning-rate schedulers that keep one entry per group get the entry of the origin.
+    Those that no optimizer holds join the one that holds their layer's weight.  A new group copies the settings
+    of the one that it is taken from, or that holds the weight, with learning rates times the factor and no weight
+    decay; learning-rate schedulers that keep one entry per group get the entry of the origin.
 
     Args:
         optimizers: The optimizers of the run.
@@ -55,18 +65,18 @@ def split_groups(optimizers: list[Optimizer], schedulers: list[Any], model: nn.M
         config: The config it was attached with.
 
     Raises:
-        ValueError: A quantizer parameter that no optimizer holds.
+        ValueError: No optimizer holds a learned quantizer parameter, nor the weight of its layer.
     """
     mine = learned_parameters(model, config)
-    held: set[int] = set()
+    joining = _joining(optimizers, model, mine)
     for optimizer in optimizers:
         for origin in range(len(optimizer.param_groups)):
             group = optimizer.param_groups[origin]
-            found = [p for p in group["params"] if id(p) in mine]
-            held.update(id(p) for p in found)
-            if not found or group.get("quantizer"):
+            if group.get("quantizer"):
                 continue
+            found = [p for p in group["params"] if id(p) in mine]
             group["params"] = [p for p in group["params"] if id(p) not in mine]
+            found += [q for p in group["params"] for q in joining.pop(id(p), ())]
             for factor in sorted({mine[id(p)][1] for p in found}):
                 new = {k: v for k, v in group.items() if k != "params"}
                 new.update({k: new[k] * factor for k in _RATES if isinstance(new.get(k), (int, float, Tensor))})
@@ -76,17 +86,34 @@ def split_groups(optimizers: list[Optimizer], schedulers: list[Any], model: nn.M
                 optimizer.add_param_group(new)
                 for scheduler in schedulers:
                     _extend(scheduler, optimizer, origin, factor)
-    lost = [path for path, q in quantizers(model) for p, _ in q.learned() if p.requires_grad and id(p) not in held]
+
+
+def _joining(optimizers: list[Optimizer], model: nn.Module, mine: Mapping[int, Any]) -> dict[int, list[nn.Parameter]]:
+    """Learned parameters that no optimizer holds, by the identity of a weight of their layer that one does hold."""
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    names = {id(p): name for name, p in model.named_parameters()}
+    joining: dict[int, list[nn.Parameter]] = {}
+    lost: list[str] = []
+    for _, layer in quant_layers(model):
+        home = next((id(p) for p in layer.sources() if id(p) in held), None)
+        for parameter in [p for _, q in quantizers(layer) for p, _ in q.learned()]:
+            if id(parameter) in held or id(parameter) not in mine:
+                continue
+            if home is None:
+                lost.append(names[id(parameter)])
+            else:
+                joining.setdefault(home, []).append(parameter)
     if lost and optimizers:
         raise ValueError(
             explain(
-                f"{lost[0]}",
-                "every learned quantizer parameter in an optimizer",
-                f"{len(lost)} in none",
-                "Build the optimizer from module.parameters() after the quantizers are attached, or add "
-                "lightning_quant.param_groups(model, config, lr).",
+                lost[0],
+                "every learned quantizer parameter, or the weight of its layer, in an optimizer",
+                f"{len(lost)} in none ({', '.join(lost[:4])}{', ...' if len(lost) > 4 else ''})",
+                "Give the optimizer module.parameters() or lightning_quant.param_groups(model, config, lr); a layer "
+                "that shall not train: freeze its weight in __init__, or LayerRule(match=..., weight=None).",
             )
         )
+    return joining
 
 
 def _extend(scheduler: Any, optimizer: Optimizer, origin: int, factor: float) -> None:

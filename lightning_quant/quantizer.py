@@ -13,6 +13,7 @@ from lightning_quant.distributed import to_local, whole
 from lightning_quant.estimators import Bins, Estimator, FakeQuantize, locate, overrides
 from lightning_quant.granularity import Granularity
 from lightning_quant.grid import Grid, reader_scale
+from lightning_quant.metrics import measure
 from lightning_quant.observers import build_observer
 from lightning_quant.ranges import build_range
 from lightning_quant.spec import TensorSpec
@@ -43,6 +44,7 @@ class FakeQuantizer(nn.Module):
 
     table: Tensor | None
     _place: Tensor
+    enabled = True  # see ``bypass``
 
     if TYPE_CHECKING:
 
@@ -79,6 +81,7 @@ class FakeQuantizer(nn.Module):
         self.scale_shape = granularity.scale_shape(self.shape, where)
         self.called = False
         self.observing = False
+        self.delayed = False
         self.measuring = False
         self.ready = bool(spec.dynamic)
         self.noted: Tensor | None = None
@@ -122,6 +125,16 @@ class FakeQuantizer(nn.Module):
         """Keep the optimizer step as an int64 buffer that the controller fills."""
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=self.device), persistent=False)
 
+    def track_start(self) -> None:
+        """Be the identity in training wherever the controller fills ``started`` with 0 (``QuantConfig.delay``).
+
+        Evaluation is quantized whatever it holds, and so is training where no controller drives it.  A float, since
+        callbacks that average weights average buffers as well.
+        """
+        if not self.delayed:
+            self.delayed = True
+            self.register_buffer("started", torch.ones((), device=self.device), persistent=False)
+
     def learned(self) -> Iterator[tuple[nn.Parameter, float | None]]:
         """Trained parameters with their learning-rate factor (None: the config's ``scale_lr``)."""
         for parameter in self.range_parameters():
@@ -133,10 +146,28 @@ class FakeQuantizer(nn.Module):
         """What is learned of the range."""
         if self.spec.dynamic:
             return []
-        return [p for name in self.range.initial() if (p := self._parameters.get(name)) is not None]
+        held = [self._parameters.get(name) for name in self.range.initial()]  # torch.compile breaks at a walrus here
+        return [p for p in held if p is not None]
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantize and dequantize ``x``, keeping shape and dtype; the backward is the estimator's."""
+        if not self.enabled:
+            return x
+        return self._once_started(self._quantize(x), x)
+
+    def output(self, y: Tensor) -> Tensor:
+        """The layer's output ``y``, with whatever the method does to the gradient that comes back through it."""
+        out = self.estimator.output(self, y) if self.enabled else y
+        return y if out is y else self._once_started(out, y)
+
+    def _once_started(self, y: Tensor, x: Tensor) -> Tensor:
+        """``y``, or in training before quantization starts ``x``.
+
+        An operation of the same graph: nothing compiles twice, and learned parameters have a gradient, if one of 0.
+        """
+        return torch.where(self.started > 0, y, x) if self.delayed and self.training else y
+
+    def _quantize(self, x: Tensor) -> Tensor:
         self.called = True
         kind = (self.grid, self.granularity, self.target)
         sharing = self.stateless and not self.measuring and reuse.allowed(x)
@@ -152,8 +183,7 @@ class FakeQuantizer(nn.Module):
         settings = (self.table, self.grid, self.clips, factor, interior, self.training, self.estimator)
         y: Tensor = FakeQuantize.apply(view, scale, zero, *settings, *inputs)  # type: ignore[no-untyped-call]
         if self.measuring:
-            size = mapped.detach().float().square().sum()
-            self._measure(view.detach(), scale.detach(), zero, y.detach(), size)
+            self._measure(view.detach(), scale.detach(), zero, y.detach(), mapped.detach())
         if offset is not None:
             y = y + offset
         y = self.granularity.unview(y, x.shape).to(x.dtype)
@@ -335,11 +365,8 @@ class FakeQuantizer(nn.Module):
         return self.lam * (2.0 if self.is_weight else 2.0 / max(x.numel(), 1))
 
     @torch.no_grad()
-    def _measure(self, x: Tensor, scale: Tensor, zero: Tensor | float, y: Tensor, size: Tensor) -> None:
-        self.measured = {"error": (x - y).float().square().sum() / size.clamp(min=1e-30)}
-        term = self.estimator.penalty(self, x, scale, zero)
-        if term is not None:
-            self.measured["progressive_loss"] = term
+    def _measure(self, x: Tensor, scale: Tensor, zero: Tensor | float, y: Tensor, given: Tensor) -> None:
+        self.measured = measure(self, x, scale, zero, y, given)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)

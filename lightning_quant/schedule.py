@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -217,3 +218,25 @@ def as_schedule(value: Any, where: str) -> Schedule:
         except TypeError as error:
             raise ValueError(explain(where, "the fields of Schedule", dict(value), str(error))) from error
     raise ValueError(explain(where, "a number or a mapping of Schedule fields", repr(value), "See Schedule."))
+
+
+def delay_steps(delay: float, total: int | None) -> int:
+    """The first quantized optimizer step: ``QuantConfig.delay`` of a run of so many steps.
+
+    Raises:
+        ValueError: A share of a run whose length is not known.
+
+    >>> delay_steps(0.1, 30), delay_steps(7, None)
+    (3, 7)
+    """
+    if delay == 0 or delay >= 1:
+        start = int(delay)
+    elif total is None:
+        expected, cure = "the number of optimizer steps of the run", "Set max_steps or max_epochs, or give it in steps."
+        raise ValueError(explain(f"QuantConfig.delay={delay}", expected, None, cure))
+    else:
+        start = math.ceil(round(delay * total, 6))  # 0.1 * 30 is a little more than 3
+    if total is not None and 0 < total <= start:
+        expected, cure = f"less than the run's {total} optimizer steps", "Nothing will train quantized: shorten it."
+        warnings.warn(explain("QuantConfig.delay", expected, start, cure), stacklevel=2)
+    return start

@@ -23,6 +23,7 @@ ACTIVATION_BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 GRANULARITIES = ("auto", "tensor", "channel", "group", "pixel", "token")
 TARGETS = ("vllm", "transformers")
 COVERAGE = ("error", "warn", "off")
+BATCH_NORM = ("keep", "two_pass", "frozen")
 DEFAULT_GROUP = 128
 GRAMMAR = (
     "w{1|1.58|2..8|16}[a{1..8|16}][-g{n}|-channel|-tensor][-asym][-static|-dynamic|-token] or "
@@ -159,6 +160,47 @@ class LayerRule:
 
 
 @dataclass(frozen=True)
+class Distill:
+    """Learning from a teacher's outputs beside the labels: see ``lightning_quant.distill``.
+
+    Args:
+        weight: Factor on ``T^2 KL(teacher || model)`` of the softened outputs.
+        temperature: T, which outputs are divided by; above 1 it brings out how the teacher ranks unlikely answers.
+        hidden: Factor on the mean squared difference of hidden states, for models that can return them.
+        module: Path of the submodule whose outputs are taught; None: the model itself.
+    """
+
+    weight: float = 1.0
+    temperature: float = 1.0
+    hidden: float = 0.0
+    module: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("weight", 0), ("hidden", 0), ("temperature", 1e-3)):
+            value = getattr(self, name)
+            if isinstance(value, str) or not least <= value < float("inf"):
+                cure = "Use for example Distill(weight=0.5, temperature=2.0)."
+                raise ValueError(explain(f"Distill.{name}", f"a number from {least} on", repr(value), cure))
+
+    @staticmethod
+    def parse(given: Distill | Mapping[str, Any] | float | None, where: str = "QuantConfig.distill") -> Distill | None:
+        """From a weight or a mapping of fields; None where nothing would be learned.
+
+        >>> Distill.parse(0.5), Distill.parse(0)
+        (Distill(weight=0.5, temperature=1.0, hidden=0.0, module=None), None)
+        """
+        if isinstance(given, Mapping):
+            _known(given, Distill, where)
+            given = Distill(**given)
+        elif isinstance(given, (int, float)):
+            given = Distill(weight=given)
+        elif not (given is None or isinstance(given, Distill)):
+            cure = "Write for example 0.5, or {weight: 0.5, temperature: 2}."
+            raise ValueError(explain(where, "a weight or a mapping of Distill's fields", repr(given), cure))
+        return given if given is not None and (given.weight or given.hidden) else None
+
+
+@dataclass(frozen=True)
 class QuantConfig:
     """Everything that decides what training computes and what an export holds.
 
@@ -178,6 +220,21 @@ class QuantConfig:
             absmax/127 in vLLM's kernels (``vllm``) and absmax/127.5 in the reader of transformers.
         scale_lr: Learning rate of learned scales, as a factor on the learning rate of their layer.
         seed: Seeds the counter-based noise of methods that draw random numbers.
+        delay: Quantization delay: the optimizer steps (1 or more), or the share of the run (below 1), that
+            training spends in float before its forwards are quantized.  Ranges follow the data in them, and
+            evaluation is quantized from the start.
+        batch_norm: What becomes of batch normalization right after a quantized layer: ``keep`` leaves it a
+            float operation of its own; ``two_pass`` folds it into the layer's weight, with the statistics of
+            the batch from a second pass; ``frozen`` folds it with the running statistics, which stay.
+        freeze_batch_norm: Share of the run after which batch normalization keeps its running statistics,
+            folded or not; None: never.  Without the batch's own statistics a network, float ones too, bears
+            smaller learning rates only: let the rate fall before.
+        operators: Width of the operands of additions, concatenations and average pools (static, one range for
+            the operands of one operation), which integer-only runtimes need; None leaves them in float.
+        first_last: Scheme of the layers that see the model's input or make its output, e.g. ``w8a8``;
+            ``inherit``: as all others; None: float.
+        strict: Refuse a model with weights that nothing here can reach, instead of listing them.
+        distill: Learn from a teacher as well: a weight, or ``Distill`` or a mapping of its fields.
     """
 
     method: Any = "pege"
@@ -192,9 +249,17 @@ class QuantConfig:
     target: str = "vllm"
     scale_lr: float = 0.1
     seed: int = 0
+    delay: float = 0
+    batch_norm: str = "keep"
+    freeze_batch_norm: float | None = None
+    operators: int | None = None
+    first_last: str | None = INHERIT
+    strict: bool = False
+    distill: Distill | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", tuple(self.rules))
+        object.__setattr__(self, "distill", Distill.parse(self.distill))
         object.__setattr__(self, "options", dict(self.options))
         if not isinstance(self.method, str) and self.options:
             got = f"{type(self.method).__name__} with options {sorted(self.options)} beside it"
@@ -216,6 +281,21 @@ class QuantConfig:
             raise ValueError(
                 explain("QuantConfig.calibration", "0 or more optimizer steps", self.calibration, "Use for example 16.")
             )
+        if self.delay < 0 or (self.delay >= 1 and self.delay != int(self.delay)):
+            cure = "Use for example 0.1, or 1000."
+            raise ValueError(explain("QuantConfig.delay", "a share below 1 or whole optimizer steps", self.delay, cure))
+        if self.batch_norm not in BATCH_NORM:
+            raise ValueError(unknown("batch_norm", self.batch_norm, BATCH_NORM, "QuantConfig.batch_norm"))
+        if self.freeze_batch_norm is not None and not 0 <= self.freeze_batch_norm <= 1:
+            cure = "Use for example 0.7."
+            raise ValueError(
+                explain("QuantConfig.freeze_batch_norm", "a share in [0, 1]", self.freeze_batch_norm, cure)
+            )
+        if self.operators is not None and self.operators not in ACTIVATION_BITS:
+            cure = "Use for example 8."
+            raise ValueError(explain("QuantConfig.operators", f"one of {ACTIVATION_BITS} bits", self.operators, cure))
+        if self.first_last not in (INHERIT, None):
+            parse_scheme(self.first_last)
 
     @staticmethod
     def parse(
@@ -263,6 +343,7 @@ class QuantConfig:
         for name in ("weight", "activation"):
             if name in data:
                 data[name] = _spec(data[name], f"{where}.{name}")
+        data["distill"] = Distill.parse(data.get("distill"), f"{where}.distill")
         rules = []
         for i, rule in enumerate(data.get("rules") or ()):
             if not isinstance(rule, Mapping) or "match" not in rule:

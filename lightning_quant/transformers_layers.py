@@ -16,12 +16,10 @@ class QuantConv1D(QuantLayer, Conv1D):  # type: ignore[misc]
     output_axis = 1
     input_channels = "nx"
 
-    def forward(self, x: Tensor) -> Tensor:
-        """As ``Conv1D``."""
-        size_out = (*x.size()[:-1], self.nf)
-        x = self.quant_input(x)
-        y = torch.addmm(self.bias, x.reshape(-1, x.size(-1)), self.quant_weight())
-        return self.quant_output(y.view(size_out))
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Product with a matrix."""
+        y = torch.addmm(self.bias, x.reshape(-1, x.size(-1)), weight)
+        return y.view((*x.shape[:-1], y.shape[-1]))
 
 
 TRANSFORMERS_LAYERS: dict[type[nn.Module], type[QuantLayer]] = {Conv1D: QuantConv1D}

@@ -165,7 +165,7 @@ def test_tied_head_and_embedding_stay_tied():
     model = llama(tie_word_embeddings=True)
     attach(model, config("w8a16", head=True, embeddings=True))
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    want = model.lm_head.quant_weight().detach()
+    want = model.lm_head.quant_terms()[0].detach()
     detach(model)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert torch.equal(model.lm_head.weight, want)
@@ -199,16 +199,28 @@ def test_multihead_attention_is_listed_as_not_reached():
 # --- coverage -------------------------------------------------------------------------------------------------------
 
 
-def test_fast_path_of_the_transformer_layer_is_a_coverage_error():
-    """In evaluation that layer hands its raw weights to one fused kernel, past every module's forward."""
+@pytest.mark.parametrize("wrap", [False, True])
+def test_fast_path_of_the_transformer_layer_is_closed(wrap):
+    """In evaluation that layer would hand its raw weights to one fused kernel, past every module's forward."""
     model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-    attach(model, config("w8a16"))
-    model.train()(torch.randn(2, 3, 16))
-    check_coverage(model, "error", "training")
+    if wrap:
+        model = nn.TransformerEncoder(model, 2)
+    x, padding = torch.randn(2, 3, 16), torch.tensor([[False, False, True], [False, False, False]])
+    attach(model, config("w2a16-channel"))
+    model.eval()
     with torch.no_grad():
-        model.eval()(torch.randn(2, 3, 16))
-    with pytest.raises(CoverageError, match=r"linear1.weight_quant: .*by a evaluation batch, got 2 never called"):
-        check_coverage(model, "error", "evaluation")
+        got = model(x, src_key_padding_mask=padding)
+    check_coverage(model, "error", "evaluation")
+    open_ones = detach(model, fold=True).train()  # the fast path stays shut in training
+    for module in open_ones.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.0
+    torch.testing.assert_close(open_ones(x, src_key_padding_mask=padding)[~padding], got[~padding])
+    layer = model.layers[0] if wrap else model
+    assert layer.activation_relu_or_gelu == 1
+    assert not wrap or model.use_nested_tensor is True
 
 
 def test_unused_layer_is_a_coverage_error_and_exclusion_cures_it():

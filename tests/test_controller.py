@@ -167,19 +167,30 @@ def test_training_coverage_is_checked_once():
     controller.after_optimizer_step()
 
 
+class Fused(nn.Module):
+    """In evaluation one kernel reads the raw weight, past the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.layer(x) if self.training else nn.functional.linear(x, self.layer.weight)
+
+
 @pytest.mark.parametrize("steps", [0, 1, 3])
 def test_evaluation_coverage_looks_at_evaluation_alone(steps):
     """However many training batches came before, a fast path that skips the quantizers is noticed."""
-    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = Fused()
     controller, _ = controlled("ste", "w8a16", model=model)
     for step in range(steps):
         controller.on_step(step)
-        model.train()(torch.randn(2, 3, 16))
+        model.train()(torch.randn(2, 16))
         controller.after_optimizer_step()
     controller.on_eval()
     with torch.no_grad():
-        model.eval()(torch.randn(2, 3, 16))
-    with pytest.raises(CoverageError, match=r"linear1.weight_quant: .*evaluation batch"):
+        model.eval()(torch.randn(2, 16))
+    with pytest.raises(CoverageError, match=r"layer.weight_quant: .*evaluation batch"):
         controller.after_eval_batch()
 
 
@@ -272,11 +283,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(theta):
 
 def test_metrics():
     controller, model = controlled("pege", "w4a8-g16", lam=0.25, initial=0.5)
-    assert set(controller.metrics()) == {"lam", "sharpness", "theta"}
+    state = {"lam", "sharpness", "theta", "theta_max", "scale_drift"}
+    assert set(controller.metrics()) == state
     controller.on_step(0, measure=True)
     model(torch.randn(4, 16))
     metrics = controller.metrics()
-    assert set(metrics) == {"lam", "sharpness", "theta", "error", "input_error", "progressive_loss"}
+    assert set(metrics) == {*state, "error", "clip", "input_error", "input_clip", "progressive_loss"}
     assert all(isinstance(v, float) for v in metrics.values())
     assert metrics["lam"] == 0.25
     assert metrics["theta"] == 0.5

@@ -134,7 +134,7 @@ def test_weights_never_take_the_lowest_code():
 
 
 def test_inputs_wait_for_the_delay_while_their_ranges_follow_the_data():
-    run = Run("iao", "w8a2", total=20, delay=0.5, calibration=2, lr=0.05)
+    run = Run("iao", "w8a2", total=20, input_delay=0.5, calibration=2, lr=0.05)
     q = run.model[2].input_quant
 
     def is_float():
@@ -158,7 +158,7 @@ def test_inputs_wait_for_the_delay_while_their_ranges_follow_the_data():
 
 
 def test_no_delay():
-    run = Run("iao", "w8a8", delay=0.0, calibration=2, total=None).steps(0, 3)
+    run = Run("iao", "w8a8", input_delay=0.0, calibration=2, total=None).steps(0, 3)
     x = torch.randn(4, 8)
     q = run.model[0].input_quant
     assert torch.equal(q.train()(x), q.eval()(x))
@@ -167,7 +167,7 @@ def test_no_delay():
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a8-asym", "w4a4"])
 def test_training(scheme):
-    check_run(lambda: Run("iao", scheme, delay=0.25, lr=0.02), drop=0.75)
+    check_run(lambda: Run("iao", scheme, input_delay=0.25, lr=0.02), drop=0.75)
 
 
 def test_convolutions_and_export(tmp_path):
@@ -180,7 +180,7 @@ def test_convolutions_and_export(tmp_path):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: Iao(delay=1.0), r"iao.delay: expected a share of the run in \[0, 1\), got 1.0"),
+        (lambda: Iao(input_delay=1.0), r"iao.input_delay: expected a share of the run in \[0, 1\), got 1.0"),
         (lambda: Run("iao", "w8a8-token"), "0.input: method 'iao': expected dynamic=False, got dynamic=True"),
         (lambda: Run("iao", "w4a8", learn_scale=True), "0.weight: method 'iao': expected learn_scale=False"),
         (lambda: Run("iao", "w4a8", grid="midrise"), "expected grid='int'"),

@@ -134,7 +134,7 @@ def test_deepcopy_and_torch_save_compute_the_same(name, method):
 def test_gpt2_scales_belong_to_output_columns():
     layer = Conv1D(6, 8)
     attached(layer, "w8a16")
-    weight = layer.quant_weight()
+    weight = layer.quant_terms()[0]
     scale = layer.weight.abs().amax(dim=0) / 127
     torch.testing.assert_close(weight, (layer.weight / scale).round() * scale)
 
@@ -143,7 +143,7 @@ def test_transposed_convolution_scales_belong_to_output_channels():
     layer = nn.ConvTranspose2d(4, 6, 3)
     attached(layer, "w8a16")
     scale = layer.weight.abs().amax(dim=(0, 2, 3), keepdim=True) / 127
-    torch.testing.assert_close(layer.quant_weight(), (layer.weight / scale).round() * scale)
+    torch.testing.assert_close(layer.quant_terms()[0], (layer.weight / scale).round() * scale)
 
 
 def test_transposed_convolution_takes_an_output_size():

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import SGD, AdamW, lr_scheduler
 
 from lightning_quant.attach import attach, quantizers
-from lightning_quant.optim import learned_parameters, param_groups, split_groups
+from lightning_quant.optim import freeze_with_weights, learned_parameters, param_groups, split_groups
 from lightning_quant.spec import QuantConfig
 
 CONFIG = QuantConfig.parse("pege", "w4a16-channel", scale_lr=0.25, state_lr=4.0)
@@ -173,11 +173,61 @@ def test_only_the_scheduler_of_the_same_optimizer_follows():
     assert [s.base_lrs for s in schedulers] == [[1e-2, 2.5e-3, 4e-2], [1e-3, 2.5e-4, 4e-3]]
 
 
-def test_parameters_in_no_optimizer():
+def test_parameters_in_no_optimizer_join_the_one_that_holds_their_layer_s_weight():
+    model = attached(QuantConfig.parse("pege", "w4a8-channel", scale_lr=0.25, state_lr=4.0))
+    groups = [{"params": [model[1].weight], "lr": 0.5}, {"params": [model[0].bias, model[1].bias], "lr": 9.0}]
+    one, two = SGD(groups, lr=1.0, weight_decay=0.1), AdamW([model[0].weight], lr=1e-2, betas=(0.8, 0.9))
+    schedulers = [lr_scheduler.ExponentialLR(o, 0.5) for o in (one, two)]
+    split_groups([one, two], schedulers, model, CONFIG)
+    states = {f"{q}.{s}" for q in ("weight_quant", "input_quant") for s in ("theta",)} | {"weight_quant.scale"}
+    for optimizer, layer, lr in ((one, 1, 0.5), (two, 0, 1e-2)):
+        scales, thetas = optimizer.param_groups[-2:]
+        assert names(model, scales) | names(model, thetas) == {f"{layer}.{name}" for name in states}
+        assert [g["lr"] for g in (scales, thetas)] == [lr * f for f in FACTORS]
+        assert [g["weight_decay"] for g in (scales, thetas)] == [0.0, 0.0]
+    assert two.param_groups[-1]["betas"] == (0.8, 0.9)
+    assert [s.base_lrs for s in schedulers] == [[0.5, 9.0, 0.125, 2.0], [1e-2, 2.5e-3, 4e-2]]
+    rates = train(model, two, schedulers[1], steps=2)
+    assert rates[1] == pytest.approx([2.5e-3, 0.25 * 2.5e-3, 4 * 2.5e-3])
+    split_groups([one, two], schedulers, model, CONFIG)
+    assert [len(o.param_groups) for o in (one, two)] == [4, 3]
+
+
+def test_parameters_of_a_layer_that_no_optimizer_holds():
     model = attached()
-    own = [p for n, p in model.named_parameters() if "_quant." not in n]
-    with pytest.raises(ValueError, match=r"0.weight_quant: .*got 4 in none. Build the optimizer .* or add .*param_gro"):
-        split_groups([AdamW(own)], [], model, CONFIG)
+    message = (
+        r"0.weight_quant.scale: expected every learned quantizer parameter, or the weight of its layer, in an "
+        r"optimizer, got 2 in none \(0.weight_quant.scale, 0.weight_quant.theta\)\. Give the optimizer .*param_groups"
+    )
+    with pytest.raises(ValueError, match=message):
+        split_groups([AdamW([model[1].weight, model[0].bias])], [], model, CONFIG)
+
+
+def test_quantizers_of_frozen_weights_are_frozen():
+    model = attached(QuantConfig.parse("pege", "w4a8-channel"))
+    model[0].weight.requires_grad_(False)
+    freeze_with_weights(model)
+    assert not any(p.requires_grad for q in (model[0].weight_quant, model[0].input_quant) for p in q.parameters())
+    assert all(p.requires_grad for q in (model[1].weight_quant, model[1].input_quant) for p in q.parameters())
+    assert model[0].bias.requires_grad
+    optimizer = AdamW([p for p in model.parameters() if p.requires_grad])
+    split_groups([optimizer], [], model, CONFIG)
+    assert len(optimizer.param_groups) == 3
+
+
+def test_quantizers_of_a_frozen_weight_with_a_trained_factor_are_learned():
+    """A folded normalization's gamma is part of what is rounded."""
+    config = QuantConfig.parse("lsq", "w4a16", batch_norm="two_pass")
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1))
+    model[0].weight.requires_grad_(False)
+    model[2].weight.requires_grad_(False)
+    attach(model, config)
+    freeze_with_weights(model)
+    assert model[0].weight_quant.scale.requires_grad
+    assert not model[2].weight_quant.scale.requires_grad
+    optimizer = AdamW(model[1].parameters(), lr=1e-2)
+    split_groups([optimizer], [], model, config)
+    assert names(model, optimizer.param_groups[1]) == {"0.weight_quant.scale"}
 
 
 def test_frozen_parameters_need_no_optimizer():

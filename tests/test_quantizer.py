@@ -228,7 +228,7 @@ def test_measured_error_and_progressive_loss():
     q.lam.fill_(0.25)
     q.measuring = True
     y = q(weight)
-    assert set(q.measured) == {"error", "progressive_loss"}
+    assert set(q.measured) == {"error", "clip", "scale", "progressive_loss"}
     error = (y - weight).square().sum()
     assert q.measured["error"].item() == pytest.approx((error / weight.square().sum()).item(), rel=1e-5)
     inside = (y - weight.clamp(-8 * q.scale, 7 * q.scale)).square().sum()  # b = 0: F is the clipped input

@@ -16,6 +16,7 @@ HERE = Path(__file__).resolve().parent
 README = HERE.parents[1] / "README.md"
 sys.path.insert(0, str(HERE.parent))
 
+import logging_cost  # noqa: E402
 import overhead  # noqa: E402
 from demo import table as demo_table  # noqa: E402
 
@@ -57,7 +58,12 @@ def methods_section() -> str:
     return "\n".join(lines).replace("``", "`")
 
 
-SECTIONS = {"methods": methods_section, "overhead": lambda: overhead.table(results("overhead")), "demo": demo_section}
+SECTIONS = {
+    "methods": methods_section,
+    "overhead": lambda: overhead.table(results("overhead")),
+    "logging": lambda: logging_cost.table(results("logging")),
+    "demo": demo_section,
+}
 
 
 def filled(text: str) -> str:

@@ -108,8 +108,8 @@ class Dsq(Estimator):
             quantizer.alpha.data.clamp_(self.floor, self.ceiling)
 
     def metrics(self, quantizer: FakeQuantizer) -> Mapping[str, Tensor]:
-        """Mean alpha."""
-        return {"alpha": quantizer.alpha.detach().float().mean()}
+        """A learned alpha."""
+        return {"alpha": quantizer.alpha.detach().float().mean()} if self._schedule is None else {}
 
 
 def _total(x: Tensor, scale: Tensor) -> Tensor:

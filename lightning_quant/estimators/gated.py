@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Gated(Estimator):
-    """Float in training before the share ``delay`` of the run, quantized from there on; evaluation always is."""
+    """Float in training before the share ``input_delay`` of the run, quantized from there on; evaluation always is."""
 
-    delay: float = 0.0
+    input_delay: float = 0.0
 
     def schedules(self) -> Mapping[str, Schedule]:
         """The gate: 0 before, 1 after."""
-        return {"gate": Schedule("constant", 0.0, 1.0, self.delay)}
+        return {"gate": Schedule("constant", 0.0, 1.0, self.input_delay)}
 
     def inputs(self, quantizer: FakeQuantizer, x: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
         """The gate."""

@@ -25,21 +25,21 @@ class Iao(Gated):
     inputs are float in training and pass all of g.  ``lightning_quant.integer`` computes the result on integers.
 
     Args:
-        delay: Share of the run, in [0, 1), before inputs are quantized in training (evaluation always does).
+        input_delay: Share of the run, in [0, 1), before inputs are quantized in training (evaluation always does).
 
     Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
     Inference", CVPR 2018, arXiv:1712.05877, sections 2 and 3.
     Deviation: weights are symmetric, with a scale per output channel, unless the scheme says ``-asym`` or
-    ``-tensor``; input ranges stay once delay and ``calibration`` are over; batch normalization is not folded during
-    training (``integer.fold_batch_norm`` does it after); the delay's default, as a share of the run, is ours.
+    ``-tensor``; input ranges stay once delay and ``calibration`` are over; the delay's default, as a share of the run,
+    is ours; batch normalization is folded by ``batch_norm="two_pass"``, which any method takes.
     """
 
     about: ClassVar[About] = About("Jacob et al. 2018", "1712.05877", "2-8", "nothing", "w8a8")
-    delay: float = 0.1
+    input_delay: float = 0.1
 
     def __post_init__(self) -> None:
-        if not 0 <= self.delay < 1:
-            raise ValueError(explain("iao.delay", "a share of the run in [0, 1)", self.delay, "Use 0.1."))
+        if not 0 <= self.input_delay < 1:
+            raise ValueError(explain("iao.input_delay", "a share of the run in [0, 1)", self.input_delay, "Use 0.1."))
 
     def role(self, is_weight: bool) -> Estimator:
         """Weights are quantized from the start."""
@@ -52,7 +52,7 @@ class Iao(Gated):
 
     def calibration(self, total: int | None) -> int:
         """The delay."""
-        return math.ceil(self.delay * (total or 0))
+        return math.ceil(self.input_delay * (total or 0))
 
     @property
     def needs_bins(self) -> bool:

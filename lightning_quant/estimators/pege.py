@@ -212,8 +212,9 @@ class Pege(Estimator):
         """lam(t) * ||F(x) - Q(x)||^2."""
         inputs = b, sharpness, factor = self.inputs(quantizer, x, scale)
         bins = quantizer.bins(x, scale, zero, inputs)
-        error = _Surrogate.at(bins, b, sharpness).error * bins.scale
-        return error.square().sum() * factor / 2
+        error = _distance(bins, b, sharpness).mul_(bins.scale)
+        total: Tensor = torch.linalg.vector_norm(error, dim=-1).square().sum() * factor / 2
+        return total
 
     def project(self, quantizer: FakeQuantizer, weight: Tensor | None = None) -> None:
         """Keep b inside [0, 1] and a learned k inside [2, 8]."""
@@ -245,14 +246,10 @@ class Pege(Estimator):
             quantizer.theta.copy_(quantizer.granularity.unview(q.reshape(flat.shape), quantizer.theta.shape))
 
     def metrics(self, quantizer: FakeQuantizer) -> Mapping[str, Tensor]:
-        """Mean b, and mean k if it is learned."""
-        theta = quantizer.theta.detach()
-        b = theta.float().mean() / (255 if theta.dtype == torch.uint8 else 1)
-        return (
-            {"theta": b, "sharpness": quantizer.sharpness.detach().float().mean()}
-            if self.learns_sharpness
-            else {"theta": b}
-        )
+        """Mean and largest b, and mean k if it is learned."""
+        theta, unit = quantizer.theta.detach(), 255 if quantizer.theta.dtype == torch.uint8 else 1
+        out = {"theta": theta.float().mean() / unit, "theta_max": theta.amax().float() / unit}
+        return {**out, "sharpness": quantizer.sharpness.detach().float().mean()} if self.learns_sharpness else out
 
 
 @dataclass(frozen=True)
@@ -266,8 +263,7 @@ class _Surrogate:
 
     @staticmethod
     def at(bins: Bins, b: Tensor, sharpness: Tensor, turning: bool = False) -> _Surrogate:
-        b = b.to(bins.u.dtype) if b.is_floating_point() else b.to(bins.u.dtype).mul_(1 / 255)
-        sharpness = sharpness.to(bins.u.dtype)
+        b, sharpness = _unit(b, bins.u.dtype), sharpness.to(bins.u.dtype)
         error = bins.error()
         r = bins.offset(error)
         top = torch.tanh(sharpness / 2)
@@ -282,6 +278,19 @@ class _Surrogate:
         # On a level, and so beyond the range, F is Q but for rounding: 0 there, or the pull would reach clipped values.
         error = torch.hardshrink(error.addcmul_(gap, b), 4 * torch.finfo(error.dtype).eps)
         return _Surrogate(slope, gap, error, turn)
+
+
+def _distance(bins: Bins, b: Tensor, sharpness: Tensor) -> Tensor:
+    """F - code alone, to rounding."""
+    error, sharpness = bins.error(), sharpness.to(bins.u.dtype)
+    r = bins.offset(error)
+    gap = torch.sigmoid_(r * (2 * sharpness)).sub_(0.5).mul_(1 / torch.tanh(sharpness / 2)).sub_(r)
+    return error.addcmul_(gap, _unit(b, error.dtype))
+
+
+def _unit(b: Tensor, dtype: torch.dtype) -> Tensor:
+    """B in [0, 1], whatever it is kept in."""
+    return b.to(dtype) if b.is_floating_point() else b.to(dtype).mul_(1 / 255)
 
 
 def _shared_sum(terms: Tensor, scale: Tensor, like: Tensor) -> Tensor:

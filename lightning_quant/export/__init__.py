@@ -10,16 +10,20 @@ from torch import nn
 
 from lightning_quant import distributed
 from lightning_quant.attach import is_attached
+from lightning_quant.bypass import evaluating
 from lightning_quant.errors import explain, unknown
 from lightning_quant.export.compressed_tensors import write_compressed_tensors
 from lightning_quant.export.folded import write_folded
+from lightning_quant.export.integer_only import Comparison, IntegerRun, compare_with_runtime, run_integer_only
+from lightning_quant.export.onnx_qdq import write_onnx
 from lightning_quant.export.verify import LayerCheck, VerifyReport, verify
-from lightning_quant.export.writer import ExportReport, Sink, new_directory
+from lightning_quant.export.writer import ExportReport, Sink, new_directory, shipped_model
 from lightning_quant.spec import QuantConfig
 
 FORMATS: dict[str, Callable[..., None]] = {
     "compressed-tensors": write_compressed_tensors,
     "folded": write_folded,
+    "onnx": write_onnx,
 }
 
 
@@ -31,6 +35,7 @@ def export(
     tokenizer: Any = None,
     config: QuantConfig | None = None,
     max_shard_bytes: int = 2**30,
+    inputs: Any = None,
 ) -> ExportReport:
     """Write the low-bit model with the integers and scales that training used.
 
@@ -38,13 +43,16 @@ def export(
     all.  In a process group every rank calls this and the first one writes.
 
     Args:
-        model: A model with quantizers (or a module that holds one, such as a LightningModule).
+        model: A model with quantizers (or a module that holds one, such as a LightningModule); LoRA adapters beside
+            them are merged in what is written, and stay as they are here.
         path: A directory that does not exist yet.
         format: Name in ``FORMATS``; None: compressed-tensors for a transformers model, else folded.
         target: Runtime the export is for; must be the one training followed where that matters.
         tokenizer: Saved beside the weights if given.
         config: Written beside the weights, for ``verify``.
         max_shard_bytes: Largest shard, in bytes.
+        inputs: Example inputs for a format that traces the model (onnx), whose first dimension is the batch: a tensor,
+            a tuple or a mapping of arguments; None: the ``example_input_array`` of a LightningModule.
 
     Returns:
         What was written.
@@ -54,7 +62,7 @@ def export(
         FileExistsError: ``path`` exists.
     """
     path = Path(path)
-    model = _inner(model)
+    model = shipped_model(model)
     if format is None:
         format = "compressed-tensors" if hasattr(model, "save_pretrained") else "folded"
     if format not in FORMATS:
@@ -65,23 +73,23 @@ def export(
                 "export", "a model with quantizers", "a float model", "Export before detach(), from the trained model."
             )
         )
-    with new_directory(path) as temporary:
+    with new_directory(path) as temporary, evaluating(model):
         sink = Sink(temporary, max_shard_bytes)
-        FORMATS[format](model, sink, target=target, tokenizer=tokenizer, config=config)
+        FORMATS[format](model, sink, target=target, tokenizer=tokenizer, config=config, inputs=inputs)
         sink.finish()
     distributed.barrier()
     return ExportReport(path, format, sink.total_bytes, sink.float_bytes, sink.files)
 
 
-def _inner(model: nn.Module) -> nn.Module:
-    """The transformers model inside a module that only wraps it, else the module itself."""
-    if hasattr(model, "save_pretrained"):
-        return model
-    inner = [m for m in model.children() if hasattr(m, "save_pretrained")]
-    held = sum(p.numel() for p in model.parameters())
-    if len(inner) == 1 and sum(p.numel() for p in inner[0].parameters()) == held:
-        return inner[0]
-    return model
-
-
-__all__ = ["FORMATS", "ExportReport", "LayerCheck", "VerifyReport", "export", "verify"]
+__all__ = [
+    "FORMATS",
+    "Comparison",
+    "ExportReport",
+    "IntegerRun",
+    "LayerCheck",
+    "VerifyReport",
+    "compare_with_runtime",
+    "export",
+    "run_integer_only",
+    "verify",
+]

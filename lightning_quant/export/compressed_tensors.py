@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_quant.attach import quant_layers
+from lightning_quant.adapters import float_paths
 from lightning_quant.distributed import whole
 from lightning_quant.errors import explain
 from lightning_quant.estimators import overrides
@@ -21,7 +21,7 @@ PACKED, PLAIN = "pack-quantized", "int-quantized"
 
 
 def write_compressed_tensors(
-    model: nn.Module, sink: Sink, *, target: str | None, tokenizer: Any, config: QuantConfig | None
+    model: nn.Module, sink: Sink, *, target: str | None, tokenizer: Any, config: QuantConfig | None, inputs: Any = None
 ) -> None:
     """Write packed integers, scales and the ``quantization_config`` that says how to read them.
 
@@ -43,7 +43,7 @@ def write_compressed_tensors(
 def _add_layer(sink: Sink, path: str, layer: QuantLayer) -> None:
     from compressed_tensors.compressors import pack_to_int32
 
-    codes, scale, _, _ = layer.weight_quant.stored(layer.weight)
+    codes, scale, _, _ = layer.weight_quant.stored(layer.folded()[0])
     if scale.ndim == 1:
         scale = scale.expand(codes.shape[0]).unsqueeze(1)
     size = codes.numel() * layer.weight.element_size()
@@ -81,17 +81,19 @@ def quantization_config(model: nn.Module, target: str | None = None) -> dict[str
         raise ValueError(
             explain("format='compressed-tensors'", "a transformers model", type(model).__name__, "Use format='folded'.")
         )
-    layers = dict(quant_layers(model))
+    names = float_paths(model)
+    modules = {name: m for p, m in model.named_modules() if (name := names[p]) is not None}
     owners: dict[int, list[str]] = {}
-    for path, module in model.named_modules():
+    for path, module in modules.items():
         if isinstance(getattr(module, "weight", None), torch.Tensor):
             owners.setdefault(id(module.weight), []).append(path)
     groups: dict[str, tuple[dict[str, Any], list[str]]] = {}
-    for path, layer in layers.items():
-        _check_layer(path, layer, owners[id(layer.weight)], target)
-        group = _group(layer)
-        groups.setdefault(repr(group), (group, []))[1].append(path)
-    dense = [p for p, m in model.named_modules() if isinstance(m, nn.Linear) and p not in layers]
+    for path, layer in modules.items():
+        if isinstance(layer, QuantLayer):
+            _check_layer(path, layer, owners[id(layer.weight)], target)
+            group = _group(layer)
+            groups.setdefault(repr(group), (group, []))[1].append(path)
+    dense = [p for p, m in modules.items() if isinstance(m, nn.Linear) and not isinstance(m, QuantLayer)]
     entries = {}
     for i, (group, paths) in enumerate(groups.values()):
         entries[f"group_{i}"] = {"targets": ["Linear"] if len(groups) == 1 else paths, **group}

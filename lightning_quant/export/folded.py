@@ -16,7 +16,7 @@ from lightning_quant.spec import QuantConfig
 
 
 def write_folded(
-    model: nn.Module, sink: Sink, *, target: str | None, tokenizer: Any, config: QuantConfig | None
+    model: nn.Module, sink: Sink, *, target: str | None, tokenizer: Any, config: QuantConfig | None, inputs: Any = None
 ) -> None:
     """Write the model with on-grid weights under the float keys.
 
@@ -33,5 +33,5 @@ def write_folded(
             cure = "No format here holds that map: train with float activations (a16) to export the weights."
             raise ValueError(explain(f"{path} (format='folded')", expected, got, cure))
     for name, tensor, layer in track(list(float_tensors(model)), "writing weights"):
-        sink.add(name, whole(tensor) if layer is None else layer.weight_quant.on_grid(layer.weight))
+        sink.add(name, whole(tensor) if layer is None else layer.on_grid())
     write_model_files(model, sink, tokenizer, config, None)

@@ -13,11 +13,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from lightning_quant.adapters import float_paths, without_adapters
 from lightning_quant.attach import detach, quant_layers, quantizers
+from lightning_quant.bypass import evaluating
 from lightning_quant.checkpoint import load_training_checkpoint
 from lightning_quant.errors import CheckpointError, explain
 from lightning_quant.export.compressed_tensors import PACKED, layer_format
-from lightning_quant.export.writer import float_tensors
+from lightning_quant.export.onnx_qdq import MODEL_FILE
+from lightning_quant.export.writer import float_tensors, shipped_model
 from lightning_quant.layers import QuantLayer
 
 
@@ -108,16 +111,18 @@ class VerifyReport:
 def verify(
     path: str | Path,
     model_or_training_dir: nn.Module | str | Path,
-    inputs: Mapping[str, Tensor] | None = None,
-    tolerance: float = 0.0,
+    inputs: Any = None,
+    tolerance: float | None = None,
 ) -> VerifyReport:
     """Compare an export, through its real reader, with the model that was trained.
 
     Args:
         path: The export.
         model_or_training_dir: The trained model with its quantizers, or a training directory.
-        inputs: Keyword inputs of the model; None: 2 x 32 token ids drawn with a fixed seed.
-        tolerance: Largest logit difference that counts as equal; 0 in float32, where readers are exact.
+        inputs: Keyword inputs of the model (onnx: as ``export`` takes them); None: 2 x 32 token ids drawn with a fixed
+            seed (onnx: ``example_input_array``).
+        tolerance: Largest logit difference that counts as equal; None: 0, since readers are exact in float32 (onnx: see
+            ``verify_onnx``).
 
     Returns:
         The comparison; ``.ok`` is the verdict.
@@ -126,22 +131,23 @@ def verify(
         CheckpointError: Either side is missing, damaged or not what it claims to be.
     """
     path = Path(path)
-    stored = _Stored(path)
+    stored = None if (path / MODEL_FILE).is_file() else _Stored(path)
     if isinstance(model_or_training_dir, nn.Module):
         trained = model_or_training_dir
     else:
         trained = load_training_checkpoint(model_or_training_dir)
-    was = trained.training
-    trained.eval()
-    try:
+    trained = shipped_model(trained)
+    with evaluating(trained):
+        if stored is None:
+            from lightning_quant.export.verify_onnx import verify_onnx
+
+            return verify_onnx(path, trained, inputs, tolerance)
         contents, other = _compare_tensors(stored, trained)
         notes = _notes(trained, stored.format)
         outputs, logits = _compare_outputs(stored, trained, inputs)
-    finally:
-        trained.train(was)
     order = [p for p in outputs if p in contents] + [p for p in contents if p not in outputs]
     checks = [LayerCheck(p, *contents[p], outputs.get(p, 0.0)) for p in order]
-    return VerifyReport(str(path), stored.format, *logits, tolerance, checks, other, notes)
+    return VerifyReport(str(path), stored.format, *logits, tolerance or 0.0, checks, other, notes)
 
 
 class _Stored:
@@ -191,7 +197,7 @@ def _compare_tensors(stored: _Stored, trained: nn.Module) -> tuple[dict[str, tup
             if not torch.equal(stored.tensor(name), tensor.detach().cpu()):
                 other.append(name)
         elif stored.format == "folded":
-            differs = stored.tensor(name) != layer.weight_quant.on_grid(layer.weight).cpu()
+            differs = stored.tensor(name) != layer.on_grid().cpu()
             contents[path] = (int(differs.sum()), 0.0)
         else:
             contents[path] = _compare_layer(stored, path, layer)
@@ -201,7 +207,7 @@ def _compare_tensors(stored: _Stored, trained: nn.Module) -> tuple[dict[str, tup
 def _compare_layer(stored: _Stored, path: str, layer: QuantLayer) -> tuple[int, float]:
     from compressed_tensors.compressors import unpack_from_int32
 
-    codes, scale = (t.cpu() for t in layer.weight_quant.stored(layer.weight)[:2])
+    codes, scale = (t.cpu() for t in layer.weight_quant.stored(layer.folded()[0])[:2])
     if layer_format(layer) == PACKED:
         shape = torch.Size(stored.tensor(f"{path}.weight_shape").tolist())
         found = unpack_from_int32(stored.tensor(f"{path}.weight_packed"), int(layer.weight_quant.spec.bits), shape)
@@ -244,10 +250,11 @@ def _compare_outputs(
     if inputs is None:
         inputs = _token_inputs(trained)
     device = next(trained.parameters()).device
-    paths = [p for p, _ in quant_layers(trained)]
+    names = float_paths(trained)
+    paths = {p: str(names[p]) for p, _ in quant_layers(trained)}
     with _ReaderRules(trained, folded=stored.format == "folded"):
         theirs = _run(trained, {k: v.to(device) for k, v in inputs.items()}, paths)
-    ours = _run(shipped, inputs, paths)
+    ours = _run(shipped, inputs, {name: name for name in paths.values()})
     outputs = {p: float((ours[p] - theirs[p]).abs().max()) for p in theirs if p in ours and p}
     gap = (ours[""] - theirs[""]).abs()
     return outputs, (float(gap.max()), float(gap.mean()))
@@ -267,7 +274,7 @@ def _read(stored: _Stored, trained: nn.Module) -> nn.Module:
     """The export through its reader: transformers' for its models, plain ``load_state_dict`` for others."""
     path = stored.path
     if not hasattr(trained, "save_pretrained"):
-        plain = detach(copy.deepcopy(trained), fold=False).cpu()
+        plain = detach(without_adapters(copy.deepcopy(trained)), fold=False).cpu()
         plain.load_state_dict({name: stored.tensor(name) for name in stored.files})
         return plain.eval()
     import transformers
@@ -289,17 +296,17 @@ def _read(stored: _Stored, trained: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def _run(model: nn.Module, inputs: Mapping[str, Tensor], paths: list[str]) -> dict[str, Tensor]:
-    """Outputs of these layers in the order they ran, and of the model under the empty name."""
+def _run(model: nn.Module, inputs: Mapping[str, Tensor], paths: Mapping[str, str]) -> dict[str, Tensor]:
+    """Outputs of these layers (path -> name) in the order they ran, and of the model under the empty name."""
     found: dict[str, Tensor] = {}
 
-    def keep(path: str) -> Any:
+    def keep(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            found[path] = output.detach().float().cpu()
+            found[name] = output.detach().float().cpu().clone()  # an in-place ReLU may follow
 
         return hook
 
-    handles = [model.get_submodule(p).register_forward_hook(keep(p)) for p in paths]
+    handles = [model.get_submodule(p).register_forward_hook(keep(name)) for p, name in paths.items()]
     try:
         output = model(**inputs)
     finally:

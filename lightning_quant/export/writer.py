@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_quant import distributed
-from lightning_quant.attach import quant_layers, quantizers
+from lightning_quant.adapters import float_paths, merged, merged_tensors, without_peft
+from lightning_quant.attach import deployed_norm, quant_layers, quantizers
 from lightning_quant.errors import explain
 from lightning_quant.layers import QuantLayer
 from lightning_quant.spec import QuantConfig
@@ -113,6 +114,17 @@ class Sink:
             self._held_bytes += size
             self._shard_of[name] = self._shards
 
+    def file(self, name: str, float_bytes: int) -> None:
+        """Count a weight file that a format has written into ``directory`` itself.
+
+        Args:
+            name: Its name.
+            float_bytes: What its tensors took in training.
+        """
+        self.files.append(name)
+        self.total_bytes += (self.directory / name).stat().st_size
+        self.float_bytes += float_bytes
+
     def json(self, name: str, data: Any) -> None:
         """Write a JSON file."""
         if self.writes:
@@ -126,7 +138,7 @@ class Sink:
             names = [f"model-{i + 1:05d}-of-{self._shards:05d}.safetensors" for i in range(self._shards)]
         for i, name in enumerate(names[: self._shards]):
             os.replace(self.directory / f"shard-{i}", self.directory / name)
-        self.files = names[: self._shards]
+        self.files += names[: self._shards]
         if self._shards > 1:
             index = {k: names[i] for k, i in self._shard_of.items()}
             self.json(
@@ -141,20 +153,54 @@ class Sink:
         self._held, self._held_bytes = {}, 0
 
 
+def shipped_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside a module that only wraps it (PEFT's too), else the module itself.
+
+    Raises:
+        ValueError: PEFT's wrapper holds what no weight can.
+    """
+    if not hasattr(model, "save_pretrained"):
+        inner = [m for m in model.children() if hasattr(m, "save_pretrained")]
+        held = sum(p.numel() for p in model.parameters())
+        if len(inner) == 1 and sum(p.numel() for p in inner[0].parameters()) == held:
+            model = inner[0]
+    return without_peft(model)
+
+
 def float_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, QuantLayer | None]]:
-    """The float model's state dict, each storage once, with the quantized layer that owns a weight."""
+    """The float model's state dict, each storage once, with the quantized layer that owns a weight.
+
+    Biases and normalizations that were folded have the values that ship beside the folded weight; adapters are
+    merged, and what PEFT wrapped has the name it was born with.
+    """
     layers = {f"{path}.weight": layer for path, layer in quant_layers(model)}
     mine = tuple(f"{path}." for path, _ in quantizers(model))
+    names = float_paths(model)
+    shipped = {id(tensor): value for layer in layers.values() for tensor, value in _shipped(layer)}
+    adapted = merged_tensors(model, {id(layer) for layer in layers.values()})
     seen: set[tuple[Any, ...]] = set()
-    for name, tensor in model.state_dict().items():
-        if name.startswith(mine):
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        path, _, leaf = key.rpartition(".")
+        name = names.get(path, path)
+        if key.startswith(mine) or name is None:
             continue
         storage = distributed.to_local(tensor)
-        key = (storage.data_ptr(), storage.shape, storage.stride())
-        if storage.numel() and key in seen:
+        place = (storage.data_ptr(), storage.shape, storage.stride())
+        if storage.numel() and place in seen:
             continue
-        seen.add(key)
-        yield name, tensor, layers.get(name)
+        seen.add(place)
+        value = shipped.get(id(tensor), tensor.detach())
+        if id(tensor) in adapted:
+            value = merged(*adapted[id(tensor)])
+        yield f"{name}.{leaf}" if name else leaf, value, layers.get(key)
+
+
+def _shipped(layer: QuantLayer) -> list[tuple[Tensor, Tensor]]:
+    """Tensors beside a layer's weight that ship with another value than they have in training."""
+    found = deployed_norm(layer)
+    if layer.folds and not found and layer.bias is not None:
+        found.append((layer.bias, layer.folded()[1].detach()))  # type: ignore[union-attr]
+    return found
 
 
 def write_model_files(model: nn.Module, sink: Sink, tokenizer: Any, config: QuantConfig | None, extra: Any) -> None:

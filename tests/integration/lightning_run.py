@@ -1,6 +1,6 @@
 """A Lightning training that the tests start in processes of their own, kill, resume and compare.
 
-python lightning_run.py --out DIR [--steps N] [--die-at STEP] [--resume] [--strategy auto|ddp|fsdp2]
+python lightning_run.py --out DIR [--steps N] [--die-at STEP] [--resume] [--strategy auto|ddp|fsdp2] [--sharded]
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 import lightning as L  # noqa: N812
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -73,6 +74,29 @@ class Die(L.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Note(L.Callback):
+    """What the quantizers hold when a run begins and after each epoch, by optimizer step."""
+
+    def __init__(self) -> None:
+        self.found: dict[int, dict[str, torch.Tensor]] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        ready = {f"{path}.ready": torch.tensor(q.ready) for path, q in quantizers(pl_module)}
+        self.found[trainer.global_step] = quantizer_state(pl_module) | ready
+
+    on_train_epoch_end = on_train_start
+
+
+def quantizer_state(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Whole scales, Theta and observed ends of all quantizers."""
+    return {
+        f"{path}.{name}": whole(value.detach()).cpu().clone()
+        for path, q in quantizers(module)
+        for name, value in [*q.named_parameters(), *q.named_buffers()]
+        if name in ("scale", "theta", "running")
+    }
+
+
 def data(world: int, rank: int) -> DataLoader:
     """Batches of 16 in all, in the same order whatever the number of processes."""
     g = torch.Generator().manual_seed(1)
@@ -89,10 +113,15 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--die-at", type=int, default=0)
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--resume-from", type=Path, help="a checkpoint of another run")
     parser.add_argument("--strategy", default="auto")
     parser.add_argument("--method", default="pege")
     parser.add_argument("--scheme", default="w4a16-g32")
+    parser.add_argument("--calibration", type=int, default=5)
+    parser.add_argument("--delay", type=float, default=0)
     parser.add_argument("--double", action="store_true")
+    parser.add_argument("--sharded", action="store_true", help="each process writes its part of a checkpoint")
+    parser.add_argument("--metrics", action="store_true", help="every metric at every step, by rank 0 alone")
     args = parser.parse_args()
     if args.double:
         torch.set_default_dtype(torch.float64)
@@ -107,11 +136,20 @@ def main() -> None:
             data_parallel_size=world,
             tensor_parallel_size=1,
             process_group_backend="gloo",
-            save_distributed_checkpoint=False,
+            save_distributed_checkpoint=args.sharded,
         )
 
-    quant = QuantCallback(args.method, args.scheme, options={"calibration": 5})
-    callbacks: list[L.Callback] = [quant, ModelCheckpoint(args.out / "ckpt", save_last=True, every_n_epochs=1)]
+    quant = QuantCallback(
+        args.method,
+        args.scheme,
+        calibration=args.calibration,
+        delay=args.delay,
+        log_every_n_steps=1,
+        log_layers_every_n_steps=1,
+    )
+    note = Note()
+    save = ModelCheckpoint(args.out / "ckpt", filename="{epoch}", save_last=True, every_n_epochs=1, save_top_k=-1)
+    callbacks: list[L.Callback] = [quant, note, save]
     if args.die_at:
         callbacks.append(Die(args.die_at))
     trainer = L.Trainer(
@@ -121,21 +159,18 @@ def main() -> None:
         accelerator="cpu",
         devices=world,
         use_distributed_sampler=False,
-        logger=False,
+        logger=CSVLogger(args.out) if args.metrics and rank == 0 else False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
     model = Net()
-    trainer.fit(model, data(world, rank), ckpt_path=args.out / "ckpt" / "last.ckpt" if args.resume else None)
+    path = args.out / "ckpt" / "last.ckpt" if args.resume else args.resume_from
+    trainer.fit(model, data(world, rank), ckpt_path=path)
 
     state = {name: whole(value).cpu() for name, value in model.state_dict().items()}
-    mine = {
-        f"{path}.{name}": whole(value.detach()).cpu()
-        for path, q in quantizers(model)
-        for name, value in [*q.named_parameters(), *q.named_buffers()]
-        if name in ("scale", "theta", "running")
-    }
-    torch.save({"state": state, "quant": mine, "losses": model.losses}, args.out / f"rank{trainer.global_rank}.pt")
+    mine = quantizer_state(model)
+    found = {"state": state, "quant": mine, "losses": model.losses, "noted": note.found}
+    torch.save(found, args.out / f"rank{trainer.global_rank}.pt")
 
 
 if __name__ == "__main__":

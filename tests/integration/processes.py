@@ -13,7 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def start(*words: object, processes: int = 1) -> subprocess.CompletedProcess[str]:
+def start(*words: object, processes: int = 1, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run ``python WORDS``, under torchrun when ``processes`` > 1, to its end."""
     command = [sys.executable]
     if processes > 1:
@@ -23,7 +23,7 @@ def start(*words: object, processes: int = 1) -> subprocess.CompletedProcess[str
         command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
     command += map(str, words)
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=240, check=False)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=env, timeout=240, check=False)
 
 
 def run(script: str, *args: object, processes: int = 1, expect: int = 0) -> subprocess.CompletedProcess[str]:

@@ -44,6 +44,18 @@ def test_lightning(tmp_path, strategy, scheme, state):
     equal(result(tmp_path / "one"), ranks[0])
 
 
+def test_lightning_with_a_delay(tmp_path):
+    """Learned scales have gradients of 0 in the float phase, and start from the whole of sharded weights."""
+    args = ("--epochs", 2, "--delay", 0.3, "--double")
+    run("lightning_run.py", "--out", tmp_path / "one", *args)
+    one = result(tmp_path / "one")
+    for strategy in ("ddp", "fsdp2"):
+        run("lightning_run.py", "--out", tmp_path / strategy, *args, "--strategy", strategy, processes=2)
+        ranks = [result(tmp_path / strategy, r) for r in (0, 1)]
+        agree(ranks, "theta")
+        equal(one, ranks[0])
+
+
 @pytest.mark.parametrize("theta", ["group", "element"])
 def test_trainer_ddp(tmp_path, theta):
     for name in ("one", "two"):

@@ -9,171 +9,21 @@ from pathlib import Path
 import lightning as L  # noqa: N812
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, ModelPruning
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_quant import CoverageError, LayerRule, QuantCallback, QuantConfig, TensorSpec
-from lightning_quant.attach import is_attached, quant_layers, quantizers
+from lightning_quant.attach import quant_layers, quantizers
 from lightning_quant.errors import AttachError
-from lightning_quant.export import verify
 from lightning_quant.quantizer import FakeQuantizer
-from tests.integration.tiny import causal_lm, token_batch, token_rows
+from tests.integration.modules import QUIET, Cnn, Mlp, Words, hard_output, images, learned, trainer, words
 
-pytestmark = [
-    # Lightning advises more DataLoader workers; the data here are a few rows in memory.
-    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
-    # The runs here are shorter than the default logging interval.
-    pytest.mark.filterwarnings("ignore:The number of training batches .* is smaller than the logging interval"),
-    # Lightning 2.6 still builds its tree specs the way torch 2.13 deprecates.
-    pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated"),
-    # Not every fit here validates, though the modules can.
-    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
-    # Loading weights into a trainer without the ModelCheckpoint that wrote them is what is tested.
-    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
-    # Lightning notes that no logger is set where a module calls self.log.
-    pytest.mark.filterwarnings("ignore:You called `self.log"),
-]
-
-
-class Cnn(L.LightningModule):
-    """An ordinary image classifier: it knows nothing of quantization."""
-
-    def __init__(self, width: int = 8, lr: float = 0.05, weight_decay: float = 0.0) -> None:
-        super().__init__()
-        self.lr, self.weight_decay = lr, weight_decay
-        self.body = nn.Sequential(
-            nn.Conv2d(1, width, 3, padding=1, bias=False),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-            nn.AdaptiveAvgPool2d(2),
-            nn.Flatten(),
-        )
-        self.head = nn.Linear(4 * width, 4)
-        self.losses: list[float] = []
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.body(x))
-
-    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
-        loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
-        self.losses.append(float(loss.detach()))
-        return loss
-
-    def validation_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
-        self.log("val_loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
-
-    def test_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
-        self.log("test_loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
-
-    def predict_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
-        return self(batch[0])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
-
-
-class Mlp(Cnn):
-    """No batch norm: cutting a batch changes nothing."""
-
-    def __init__(self, **kwargs: float) -> None:
-        super().__init__(**kwargs)
-        self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh())
-        self.head = nn.Linear(32, 4)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=self.lr)
-
-
-class Attention(nn.Module):
-    """Self-attention whose inputs come by keyword, as in most transformers."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
-        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
-
-    def forward(self, *, hidden: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        x = self.norm(hidden)
-        mixed = nn.functional.scaled_dot_product_attention(self.query(x), self.key(x), self.value(x), attn_mask=mask)
-        hidden = hidden + self.out(mixed)
-        return hidden + self.down(nn.functional.gelu(self.up(hidden)))
-
-
-class Words(L.LightningModule):
-    """A small transformer called with keyword arguments throughout."""
-
-    def __init__(self, recompute: bool = False) -> None:
-        super().__init__()
-        self.recompute = recompute
-        self.embed = nn.Embedding(24, 16)
-        self.blocks = nn.ModuleList(Attention(16) for _ in range(2))
-        self.head = nn.Linear(16, 24)
-        self.losses: list[float] = []
-
-    def forward(self, *, tokens: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        hidden = self.embed(tokens)
-        for block in self.blocks:
-            if self.recompute:
-                hidden = checkpoint(block, hidden=hidden, mask=mask, use_reentrant=False)
-            else:
-                hidden = block(hidden=hidden, mask=mask)
-        return self.head(hidden)
-
-    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
-        loss = nn.functional.cross_entropy(self(tokens=batch[0]).flatten(0, 1), batch[0].flatten())
-        self.losses.append(float(loss.detach()))
-        return loss
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), lr=0.01)
-
-
-def images(rows: int = 32, batch: int = 8, seed: int = 0) -> DataLoader:
-    """Images whose brightest quarter is the label."""
-    g = torch.Generator().manual_seed(seed)
-    y = torch.arange(rows) % 4
-    x = 0.3 * torch.randn(rows, 1, 8, 8, generator=g)
-    for i, k in enumerate(y.tolist()):
-        x[i, 0, 4 * (k // 2) : 4 * (k // 2) + 4, 4 * (k % 2) : 4 * (k % 2) + 4] += 1
-    return DataLoader(TensorDataset(x, y), batch_size=batch)
-
-
-def words(rows: int = 32) -> DataLoader:
-    g = torch.Generator().manual_seed(0)
-    return DataLoader(TensorDataset(torch.randint(0, 24, (rows, 6), generator=g)), batch_size=8)
-
-
-def trainer(root: Path, *callbacks: L.Callback, **settings: object) -> L.Trainer:
-    defaults = {
-        "max_epochs": 4,
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "default_root_dir": root,
-    }
-    return L.Trainer(callbacks=list(callbacks), **{**defaults, **settings})
-
-
-def learned(module: nn.Module) -> list[nn.Parameter]:
-    return [p for _, q in quantizers(module) for p in q.parameters()]
-
-
-def hard_output(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return module.eval()(x)
+pytestmark = QUIET
 
 
 # Defaults, on ordinary modules
@@ -192,86 +42,7 @@ def test_defaults_on_a_cnn_with_batch_norm(tmp_path):
         assert layer.weight_quant.theta.any(), path
 
 
-def test_defaults_on_a_transformer_called_by_keyword(tmp_path):
-    module = Words()
-    trainer(tmp_path, QuantCallback(), max_epochs=10).fit(module, words())
-    assert sum(module.losses[-4:]) < 0.8 * sum(module.losses[:4])
-    assert len(list(quant_layers(module))) == 2 * 6 + 1
-    mask = torch.ones(6, 6, dtype=torch.bool).tril()
-    tokens = torch.arange(6)[None]
-    assert not torch.equal(module(mask=mask, tokens=tokens), module(tokens=tokens))
-
-
-# What made the callback that lightning used to have unusable
-
-
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a16"])
-def test_checkpoint_path_in_every_stage_of_a_fresh_trainer(tmp_path, scheme):
-    module = Cnn()
-    save = ModelCheckpoint(tmp_path, filename="last")
-    first = trainer(tmp_path, QuantCallback("pege", scheme), save)
-    first.fit(module, images())
-    path = tmp_path / "last.ckpt"
-    x = next(iter(images(seed=1)))[0]
-    expected = hard_output(module, x)
-    loss = first.test(module, images(seed=1), verbose=False)[0]["test_loss"]
-
-    def fresh() -> tuple[L.Trainer, Cnn]:
-        return trainer(tmp_path, QuantCallback("pege", scheme)), Cnn()
-
-    runner, other = fresh()
-    assert runner.test(other, images(seed=1), ckpt_path=path, verbose=False)[0]["test_loss"] == loss
-    assert torch.equal(hard_output(other, x), expected)
-    runner, other = fresh()
-    assert runner.validate(other, images(seed=1), ckpt_path=path, verbose=False)[0]["val_loss"] == loss
-    runner, other = fresh()
-    found = runner.predict(other, images(seed=1), ckpt_path=path)
-    assert torch.equal(found[0], expected)
-
-
-def test_testing_runs_the_quantized_module(tmp_path):
-    module = Cnn()
-    runner = trainer(tmp_path, QuantCallback("ste", "w2a2"))
-    runner.fit(module, images())
-    quantized = runner.test(module, images(), verbose=False)[0]["test_loss"]
-    kept = {k: v for k, v in module.state_dict().items() if "_quant." not in k}
-    plain = Cnn()
-    plain.load_state_dict(kept)
-    assert trainer(tmp_path).test(plain, images(), verbose=False)[0]["test_loss"] != quantized
-
-
-def test_fit_twice(tmp_path):
-    module, quant = Cnn(), QuantCallback()
-    trainer(tmp_path, quant, max_epochs=2).fit(module, images())
-    before = dict(quantizers(module))
-    first = quant.report
-    trainer(tmp_path, quant, max_epochs=2).fit(module, images())
-    assert dict(quantizers(module)) == before
-    assert quant.report is first
-    other = QuantCallback()
-    runner = trainer(tmp_path, other, max_epochs=6)
-    runner.fit(module, images())
-    assert dict(quantizers(module)) == before
-    assert runner.global_step == 24
-    assert module.losses[-1] < module.losses[0]
-
-
-def test_nothing_is_converted_and_nothing_stays_open_when_fitting_ends(tmp_path):
-    module, quant = Cnn(), QuantCallback()
-    trainer(tmp_path, quant, max_epochs=1, log_every_n_steps=1, logger=CSVLogger(tmp_path)).fit(module, images())
-    assert quant.controller.step < quant.config.calibration
-    assert is_attached(module)
-    assert not any(q.observing or q.measuring for _, q in quantizers(module))
-    ranges = [q.scale.clone() for _, q in quantizers(module) if not q.spec.dynamic]
-    trainer(tmp_path, quant).predict(module, images())
-    module.train()
-    module(100 * next(iter(images()))[0])
-    assert all(q.noted is None for _, q in quantizers(module))
-    trainer(tmp_path, quant).test(module, images(), verbose=False)
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(ranges, [q.scale for _, q in quantizers(module) if not q.spec.dynamic], strict=True)
-    )
+# Checkpoints, and Lightning's other callbacks
 
 
 def test_state_dict_keys(tmp_path):
@@ -292,19 +63,6 @@ def test_state_dict_keys(tmp_path):
     assert set(before.state_dict()) == keys
 
 
-def test_together_with_pruning(tmp_path):
-    module = Cnn()
-    prune = ModelPruning("l1_unstructured", amount=0.5, use_lottery_ticket_hypothesis=False, verbose=0)
-    quant = QuantCallback("lsq", "w4a16")
-    trainer(tmp_path, quant, prune, max_epochs=3).fit(module, images())
-    assert module.losses[-1] < module.losses[0]
-    pruned = torch.cat([layer.weight.flatten() == 0 for _, layer in quant_layers(module)])
-    assert 0.4 < pruned.float().mean() < 0.95
-    for path, layer in quant_layers(module):
-        assert not layer.weight_quant.on_grid(layer.weight)[layer.weight == 0].any(), path
-        assert layer.weight_quant.on_grid(layer.weight).any(), path
-
-
 @pytest.mark.parametrize("method", ["lsq", "pege"])
 def test_together_with_weight_averaging(tmp_path, method):
     module = Cnn()
@@ -322,62 +80,6 @@ def test_weight_averaging_that_copied_the_float_module_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"EMAWeightAveraging: expected .* after QuantCallback.* Put QuantCallback"):
         trainer(tmp_path, average, QuantCallback()).fit(module, images())
     assert module.losses == []
-
-
-def test_schedule_goes_on_when_resumed_and_another_grid_is_refused(tmp_path):
-    options = {"lam": {"curve": "linear", "start": 0.0, "end": 0.1}}
-    whole, half, rest = Cnn(), Cnn(), Cnn()
-    for net in (half, rest):
-        net.load_state_dict(whole.state_dict())
-    trainer(tmp_path, QuantCallback(options=options), max_epochs=4).fit(whole, images())
-
-    class Stop(L.Callback):
-        def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-            trainer.should_stop = trainer.current_epoch == 1
-
-    save = ModelCheckpoint(tmp_path, filename="half", save_on_train_epoch_end=True)
-    trainer(tmp_path, QuantCallback(options=options), Stop(), save, max_epochs=4).fit(half, images())
-    path = tmp_path / "half.ckpt"
-    quant = QuantCallback(options=options)
-    trainer(tmp_path, quant, max_epochs=4).fit(rest, images(), ckpt_path=path)
-    assert half.losses + rest.losses == whole.losses
-    assert quant.controller.values()["lam"] == pytest.approx(0.1 * 15 / 16)
-    for name, value in whole.state_dict().items():
-        assert torch.equal(rest.state_dict()[name], value), name
-
-    with pytest.raises(ValueError, match=r"options.*Resume with the config the run was started with"):
-        trainer(tmp_path, QuantCallback(options={"lam": 0.5})).fit(Cnn(), images(), ckpt_path=path)
-
-
-class HoldsTransformer(L.LightningModule):
-    """A module around a transformers model."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = causal_lm().train()
-
-    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        return self.model(**batch).loss
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=1e-3)
-
-
-def test_export_holds_the_trained_activation_ranges(tmp_path):
-    rows = [{k: torch.tensor(v) for k, v in row.items()} for row in token_rows(32)]
-    module, quant = HoldsTransformer(), QuantCallback("pege", "w8a8-static")
-    trainer(tmp_path, quant, max_epochs=2).fit(module, DataLoader(rows, batch_size=4))
-    classes = {p: type(m) for p, m in module.named_modules()}
-    report = quant.export(module, tmp_path / "out")
-    assert report.format == "compressed-tensors"
-    assert {p: type(m) for p, m in module.named_modules()} == classes
-    stored = load_file(tmp_path / "out" / "model.safetensors")
-    inputs = [(p, layer.input_quant) for p, layer in quant_layers(module.model)]
-    assert len(inputs) == 14
-    for path, q in inputs:
-        assert q.ready
-        assert torch.equal(stored[f"{path}.input_scale"].flatten(), q.scale.detach()), path
-    assert verify(tmp_path / "out", module.model, token_batch()).ok
 
 
 def test_export_of_a_plain_module_is_what_it_computes(tmp_path):
@@ -573,12 +275,23 @@ class Careless(Cnn):
         return torch.optim.AdamW(self.mine, lr=1e-3)
 
 
-def test_optimizer_without_the_quantizers_parameters(tmp_path):
+def test_optimizer_without_the_quantizers_parameters_gets_them(tmp_path):
     module = Careless()
-    message = r"body\.0\.\w+: expected every learned quantizer parameter in an optimizer, got \d+ in none\. Build the"
-    with pytest.raises(ValueError, match=message):
-        trainer(tmp_path, QuantCallback()).fit(module, images())
-    assert module.losses == []
+    runner = trainer(tmp_path, QuantCallback("lsq", "w4a8"), max_epochs=1)
+    scales = None
+
+    class Note(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            nonlocal scales
+            scales = [q.scale.clone() for _, q in quantizers(pl_module) if q.is_weight]
+
+    runner.callbacks.append(Note())
+    runner.fit(module, images())
+    _, added = runner.optimizers[0].param_groups
+    assert {id(p) for p in added["params"]} == {id(p) for p in learned(module)}
+    assert (added["lr"], added["weight_decay"]) == (1e-4, 0.0)
+    now = [q.scale for _, q in quantizers(module) if q.is_weight]
+    assert not any(torch.equal(a, b) for a, b in zip(scales, now, strict=True))
 
 
 class Endless(IterableDataset):
@@ -714,7 +427,7 @@ old_names = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.Jsonarg
 def command_line(root: Path, monkeypatch: pytest.MonkeyPatch, callback: str) -> LightningCLI:
     (root / "run.yaml").write_text(
         f"""
-model: {{class_path: tests.integration.test_lightning.Cnn, init_args: {{width: 4}}}}
+model: {{class_path: tests.integration.modules.Cnn, init_args: {{width: 4}}}}
 trainer:
   max_epochs: 1
   accelerator: cpu

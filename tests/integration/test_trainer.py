@@ -107,14 +107,20 @@ def test_quantizer_parameters_have_groups_without_decay_that_the_scheduler_drive
     assert decays == {True: {0.0}, False: {0.3, 0.0}}
 
 
-def test_optimizer_of_the_user_without_the_quantizers_parameters(tmp_path):
+def test_optimizer_of_the_user_without_the_quantizers_parameters_gets_them(tmp_path):
     model = causal_lm()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    trainer = make(tmp_path, model=model, optimizers=(optimizer, None))
-    message = r"expected every learned quantizer parameter in an optimizer, got 28 in none\. Build the optimizer from"
-    with pytest.raises(ValueError, match=message):
-        trainer.train()
-    assert trainer.state.global_step == 0
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    trainer = make(tmp_path, model=model, optimizers=(optimizer, scheduler))
+    mine = {id(p) for _, q in quantizers(model) for p in q.parameters()}
+    before = {path: q.scale.clone() for path, q in quantizers(model)}
+    trainer.train()
+    added = [g for g in optimizer.param_groups if g.get("quantizer")]
+    assert {id(p) for g in added for p in g["params"]} == mine
+    own, *rates = scheduler.get_last_lr()
+    assert [g["lr"] for g in added] == pytest.approx(rates)
+    assert rates == pytest.approx([own * 0.1, own * 10])
+    assert not any(torch.equal(q.scale, before[path]) for path, q in quantizers(model))
 
 
 @pytest.mark.parametrize("by_hand", [False, True])
@@ -296,7 +302,8 @@ def test_metrics_are_logged_on_logging_steps_and_only_then_is_anything_measured(
     assert [e["step"] for e in entries] == [1, 3, 6]
     assert sorted(set(measured)) == [1, 3, 6]
     for entry in entries:
-        names = {"lam", "sharpness", "theta", "progressive_loss", "error", "input_error"}
+        names = {"lam", "sharpness", "theta", "theta_max", "progressive_loss", "error", "input_error"}
+        names |= {"clip", "input_clip", "flips", "scale_drift"}
         assert {k for k in entry if k.startswith("quant_")} == {f"quant_{n}" for n in names}
         assert all(math.isfinite(v) for v in entry.values())
         assert 0 < entry["quant_error"] < 0.1

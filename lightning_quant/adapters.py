@@ -1,0 +1,159 @@
+"""What PEFT puts around and beside a model's layers, told by class names so that PEFT need not be installed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from lightning_quant.errors import explain
+
+LORA = {("peft.tuners.lora.layer", "Linear"), ("lightning_quant.lora", "QuantLoraLinear")}
+PREFIX = "base_model.model."
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Layers of PEFT's LoRA for a Linear or a Conv1D, exact class, with their paths."""
+    for path, module in model.named_modules():
+        if (type(module).__module__, type(module).__name__) in LORA:
+            yield path, module
+
+
+def other_bases(model: nn.Module) -> set[int]:
+    """Identities of layers that an adapter of another kind wraps: what it adds lies outside of their weight."""
+    served = {id(module) for _, module in lora_layers(model)}
+    return {id(m.base_layer) for m in model.modules() if _is_adapter(m) and id(m) not in served}
+
+
+def beside(model: nn.Module) -> set[int]:
+    """Identities of modules that are no layers of the model itself: adapters, and originals that copies replace."""
+    found: set[int] = set()
+    for module in model.modules():
+        parts: list[nn.Module] = []
+        if _is_adapter(module):
+            parts = [child for name, child in module.named_children() if name != "base_layer"]
+        elif hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
+            parts = [module.original_module]  # type: ignore[list-item]
+        for part in parts:
+            found.update(id(m) for m in part.modules())
+    return found
+
+
+def _is_adapter(module: nn.Module) -> bool:
+    return hasattr(module, "base_layer") and hasattr(module, "adapter_layer_names")
+
+
+def float_path(path: str) -> str:
+    """The path a module or tensor has in the model that PEFT was given.
+
+    >>> float_path("base_model.model.model.layers.0.mlp.up_proj.base_layer.weight")
+    'model.layers.0.mlp.up_proj.weight'
+    >>> float_path("base_model.model.score.modules_to_save.default.weight")
+    'score.weight'
+    """
+    words = path.removeprefix(PREFIX).split(".")
+    kept: list[str] = []
+    skip = False
+    for word in words:
+        if skip:
+            skip = False
+        elif word == "modules_to_save":
+            skip = True
+        elif word != "base_layer":
+            kept.append(word)
+    return ".".join(kept)
+
+
+def without_peft(model: nn.Module) -> nn.Module:
+    """The model that ``get_peft_model`` was given, its adapters still in place; other models as they are.
+
+    Raises:
+        ValueError: Prompts that are learned beside the model, which no weight can hold.
+    """
+    if not (hasattr(model, "get_base_model") and hasattr(model, "peft_config")):
+        return model
+    if model.active_peft_config.is_prompt_learning:  # type: ignore[union-attr]
+        expected, got = "adapters that merge into weights", type(model).__name__ + " with learned prompts"
+        raise ValueError(explain("export", expected, got, "Train LoRA, or the whole model."))
+    base: nn.Module = model.get_base_model()  # type: ignore[operator]
+    return base
+
+
+def float_paths(model: nn.Module) -> dict[str, str | None]:
+    """The path of every module in the model that merging leaves behind; None for what it takes away."""
+    found: dict[str, str | None] = {}
+
+    def visit(module: nn.Module, path: str, name: str) -> None:
+        inner = _inside(module)
+        if inner is module:
+            found[path] = name
+            for word, child in module._modules.items():
+                if child is not None:
+                    visit(child, f"{path}.{word}".lstrip("."), f"{name}.{word}".lstrip("."))
+            return
+        below = dict(module.named_modules(prefix=path, remove_duplicate=False))
+        found.update(dict.fromkeys(below))
+        visit(inner, next(p for p, m in below.items() if m is inner), name)
+
+    visit(model, "", "")
+    return found
+
+
+def without_adapters(model: nn.Module) -> nn.Module:
+    """The model with everything that PEFT wrapped put back in its place, in place; adapters are not merged."""
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            while child is not None and _inside(child) is not child:
+                child = module._modules[name] = _inside(child)
+    return model
+
+
+def merged_tensors(model: nn.Module, quantized: set[int]) -> dict[int, tuple[nn.Module, str]]:
+    """What adapters change beside quantized layers, by identity: (wrapper, name of the tensor in its base layer).
+
+    Args:
+        model: The model.
+        quantized: Identities of the layers that merge by themselves.
+
+    Raises:
+        ValueError: An adapter that does not merge.
+    """
+    found: dict[int, tuple[nn.Module, str]] = {}
+    for path, module in model.named_modules():
+        if not _is_adapter(module) or id(module.base_layer) in quantized or not _acts(module):
+            continue
+        if not hasattr(module, "merge"):
+            cure = "Call merge_and_unload() if it can; else use LoRA."
+            raise ValueError(explain(path, "an adapter that merges", type(module).__name__, cure))
+        tensors: dict[str, Tensor] = module.base_layer.state_dict(keep_vars=True)  # type: ignore[operator,union-attr]
+        found.update({id(tensor): (module, name) for name, tensor in tensors.items()})
+    return found
+
+
+def merged(wrapper: nn.Module, name: str) -> Tensor:
+    """A tensor of a wrapped layer with its active adapters merged, by PEFT's own rule; nothing is changed."""
+    own = copy.deepcopy(wrapper)
+    own.merge()  # type: ignore[operator]
+    tensor: Tensor = own.base_layer.state_dict()[name]  # type: ignore[operator,union-attr]
+    return tensor
+
+
+def _acts(module: nn.Module) -> bool:
+    """Whether an adapter adds something that is not in the base layer already."""
+    return bool(module.active_adapters) and not module.merged and not module.disable_adapters
+
+
+def _inside(module: nn.Module) -> nn.Module:
+    """What PEFT has wrapped: the layer under an adapter, the copy in use, the model; else the module itself."""
+    if _is_adapter(module):
+        inner: object = module.base_layer
+    elif hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
+        copies: dict[str, nn.Module] = module.modules_to_save  # type: ignore[assignment]
+        active = next((name for name in module.active_adapters if name in copies), None)  # type: ignore[union-attr]
+        inner = module.original_module if active is None or module.disable_adapters else copies[active]
+    elif hasattr(module, "token_adapter"):
+        inner = module.token_adapter
+    else:
+        inner = without_peft(module)
+    return inner  # type: ignore[return-value]
