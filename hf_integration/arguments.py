@@ -12,6 +12,10 @@ from lightning_quant.errors import explain, unknown
 from lightning_quant.estimators import ESTIMATORS, build_estimator
 from lightning_quant.spec import QuantConfig, YamlLoader
 
+# Flags that say what to quantize and how, as a config file does.
+WHAT = ("quant", "quant_scheme", "quant_calibration", "quant_theta", "quant_option", "quant_target")
+WHAT += ("quant_distill", "quant_distill_temperature")
+
 
 @dataclass
 class QuantArguments:
@@ -86,6 +90,9 @@ class QuantArguments:
 
             if self.quant_format not in FORMATS:
                 raise ValueError(unknown("format", self.quant_format, FORMATS, "--quant_format"))
+            if self.quant_format == "onnx":
+                cure = "After training call trainer.export(path, format='onnx', inputs=...)."
+                raise ValueError(explain("--quant_format", "a format that needs no example inputs", "'onnx'", cure))
         config = self._from_flags() if self.quant_config is None else self._from_file(self.quant_config)
         if self.quant_teacher is not None:
             if config.distill is None:
@@ -106,12 +113,7 @@ class QuantArguments:
 
     def _from_file(self, path: str) -> QuantConfig:
         own = QuantArguments()
-        beside = [
-            f"--{name}"
-            for name in ("quant", "quant_scheme", "quant_calibration", "quant_theta", "quant_option", "quant_target")
-            + ("quant_distill", "quant_distill_temperature")
-            if getattr(self, name) != getattr(own, name)
-        ]
+        beside = [f"--{name}" for name in WHAT if getattr(self, name) != getattr(own, name)]
         if beside:
             raise ValueError(
                 explain("--quant_config", "to stand alone", f"{', '.join(beside)} beside it", "Drop one of them.")

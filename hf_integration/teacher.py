@@ -20,10 +20,12 @@ def load_teacher(path: str) -> nn.Module:
     """
     cure = "Name a directory that save_pretrained wrote, or pass QuantTrainer(teacher=...)."
     try:
-        names = AutoConfig.from_pretrained(path).architectures or ["none"]
-        if not hasattr(transformers, names[0]):
-            raise CheckpointError(explain(path, "a model class of transformers", names[0], cure))
-        model: nn.Module = getattr(transformers, names[0]).from_pretrained(path, dtype="auto")
-    except OSError as error:
+        name = (AutoConfig.from_pretrained(path).architectures or ["none"])[0]
+        if not hasattr(transformers, name):
+            raise CheckpointError(explain(path, "a model class of transformers", name, cure))
+        model: nn.Module = getattr(transformers, name).from_pretrained(path, dtype="auto")
+    except CheckpointError:
+        raise
+    except (OSError, ValueError) as error:  # no config file, or one of something else
         raise CheckpointError(explain(path, "a model", str(error), cure)) from error
     return model

@@ -14,10 +14,11 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 
 from hf_integration.arguments import QuantArguments
 from hf_integration.teacher import load_teacher
-from lightning_quant.attach import is_attached, without_quantizers
+from lightning_quant.adapters import float_paths
+from lightning_quant.attach import is_attached, quantizers, without_quantizers
 from lightning_quant.checkpoint import load_quant_config, load_quant_state, quantizers_aside, save_quant_state
 from lightning_quant.controller import QuantController
-from lightning_quant.errors import CheckpointError, explain
+from lightning_quant.errors import AttachError, CheckpointError, explain
 from lightning_quant.report import Report
 from lightning_quant.spec import QuantConfig
 
@@ -81,11 +82,18 @@ class QuantTrainerMixin:
         **kwargs: Any,
     ) -> None:
         self.init_quant(quant, teacher)
-        model = args[0] if args else kwargs.get("model")
-        if isinstance(model, nn.Module):
-            self.attach_quant(model)
         super().__init__(*args, **kwargs)
         self.finish_init_quant()
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """``Trainer.__init__``'s first call: attach to the model it was handed.
+
+        Not earlier, since a subclass on the way there may put adapters around it (TRL's ``peft_config``) or copy it
+        as a reference, and not later, since it is moved and looked at from here on.
+        """
+        if isinstance(self.model, nn.Module):
+            self.attach_quant(self.model)
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
 
     def init_quant(self, quant: QuantConfig | QuantArguments | None, teacher: nn.Module | None = None) -> None:
         """Check the settings; the first thing that happens."""
@@ -101,9 +109,11 @@ class QuantTrainerMixin:
         if self.quant is None:
             return
         self.quant.prepare(model)
-        if isinstance(model, PreTrainedModel):
-            _, mine = without_quantizers(model.state_dict(), model)
-            model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *mine}
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        if isinstance(base, PreTrainedModel):
+            names = float_paths(base)
+            mine = {f"{names[path]}.{key}" for path, q in quantizers(base) for key in q.state_dict()}
+            base._keys_to_ignore_on_save = {*(base._keys_to_ignore_on_save or ()), *mine}
 
     def finish_init_quant(self) -> None:
         """After the base class's ``__init__``: listen to its events."""
@@ -111,9 +121,21 @@ class QuantTrainerMixin:
             return
         if not is_attached(self.model):
             self.attach_quant(self.model)
+        self._check_export()
         self.add_callback(_Steps(self.quant))
         if self.quant.report is not None and self.is_world_process_zero():
             print(self.quant.report, flush=True)
+
+    def _check_export(self) -> None:
+        """What cannot be exported when training ends is refused before it starts."""
+        if self.quant_arguments is None or self.quant_arguments.quant_export is None:
+            return
+        from lightning_quant.export import check_export
+
+        try:
+            check_export(self._quant_model(None), self.quant_arguments.quant_format)
+        except ValueError as error:
+            raise AttachError(f"--quant_export: {error}") from error
 
     @property
     def quant_report(self) -> Report | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_quant.errors import explain
 
@@ -109,39 +110,51 @@ def without_adapters(model: nn.Module) -> nn.Module:
     return model
 
 
-def merged_tensors(model: nn.Module, quantized: set[int]) -> dict[int, tuple[nn.Module, str]]:
-    """What adapters change beside quantized layers, by identity: (wrapper, name of the tensor in its base layer).
+def acting_beside(model: nn.Module, quantized: set[int]) -> Iterator[tuple[str, Any]]:
+    """Adapters that add something to layers without quantizers, with their paths; arguments as ``merged_beside``."""
+    for path, module in model.named_modules():
+        if _is_adapter(module) and id(module.base_layer) not in quantized:
+            adapter: Any = module
+            if adapter.active_adapters and not adapter.merged and not adapter.disable_adapters:
+                yield path, adapter
+
+
+@contextmanager
+def merged_beside(model: nn.Module, quantized: set[int]) -> Iterator[None]:
+    """While open, adapters of layers without quantizers are merged, by PEFT's own rule; then all is as it was.
 
     Args:
         model: The model.
-        quantized: Identities of the layers that merge by themselves.
+        quantized: Identities of the layers that round the merged weight by themselves.
 
     Raises:
-        ValueError: An adapter that does not merge.
+        ValueError: An adapter that does not merge, or a tied weight, whose other use would change with it.
     """
-    found: dict[int, tuple[nn.Module, str]] = {}
+    acting = dict(acting_beside(model, quantized))
+    owners: dict[int, list[str]] = {}
     for path, module in model.named_modules():
-        if not _is_adapter(module) or id(module.base_layer) in quantized or not _acts(module):
-            continue
+        for parameter in module._parameters.values():
+            owners.setdefault(id(parameter), []).append(path)
+    for path, module in acting.items():
         if not hasattr(module, "merge"):
             cure = "Call merge_and_unload() if it can; else use LoRA."
             raise ValueError(explain(path, "an adapter that merges", type(module).__name__, cure))
-        tensors: dict[str, Tensor] = module.base_layer.state_dict(keep_vars=True)  # type: ignore[operator,union-attr]
-        found.update({id(tensor): (module, name) for name, tensor in tensors.items()})
-    return found
-
-
-def merged(wrapper: nn.Module, name: str) -> Tensor:
-    """A tensor of a wrapped layer with its active adapters merged, by PEFT's own rule; nothing is changed."""
-    own = copy.deepcopy(wrapper)
-    own.merge()  # type: ignore[operator]
-    tensor: Tensor = own.base_layer.state_dict()[name]  # type: ignore[operator,union-attr]
-    return tensor
-
-
-def _acts(module: nn.Module) -> bool:
-    """Whether an adapter adds something that is not in the base layer already."""
-    return bool(module.active_adapters) and not module.merged and not module.disable_adapters
+        shared = max((owners[id(tensor)] for tensor in module.base_layer.parameters()), key=len)
+        if len(shared) > 1:
+            got, cure = f"one shared by {', '.join(shared)}", "Leave it out of target_modules, or untie the weights."
+            raise ValueError(explain(path, "a weight of its own to merge an adapter into", got, cure))
+    kept = [
+        (tensor, tensor.detach().clone()) for module in acting.values() for tensor in module.base_layer.parameters()
+    ]
+    try:
+        for module in acting.values():
+            module.merge()
+        yield
+    finally:
+        for module in acting.values():
+            module.merged_adapters.clear()
+        for tensor, value in kept:
+            tensor.data = value
 
 
 def _inside(module: nn.Module) -> nn.Module:

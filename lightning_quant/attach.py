@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_quant.adapters import lora_layers
 from lightning_quant.errors import AttachError, CoverageError, explain
 from lightning_quant.estimators import ESTIMATORS, Estimator, build_estimator
+from lightning_quant.experts import ExpertWeight, QuantExperts
 from lightning_quant.fast_path import close_fast_paths, open_fast_paths
 from lightning_quant.granularity import Granularity
 from lightning_quant.layers import QuantLayer, float_class
@@ -27,6 +28,9 @@ from lightning_quant.quantizer import FakeQuantizer
 from lightning_quant.report import Report
 from lightning_quant.resolve import resolve_activation
 from lightning_quant.spec import QuantConfig, TensorSpec
+
+EVERYWHERE = "a weight that is quantized wherever it is read"
+ALIKE = "Quantize both alike (embeddings=True and head=True with w8) or neither, or untie them."
 
 
 def attach(model: nn.Module, config: QuantConfig) -> Report:
@@ -69,6 +73,8 @@ def attach(model: nn.Module, config: QuantConfig) -> Report:
         module.add_module("weight_quant", weight)
         module.add_module("input_quant", activation)
         module.train(module.training)
+        if isinstance(module, ExpertWeight):
+            module.join()
     _join_adapters(model)
     attach_operators(model, plan.operators, partial(_operand, config))
     close_fast_paths(model)
@@ -129,19 +135,24 @@ def detach(model: nn.Module, fold: bool = True) -> nn.Module:
         The same model.
 
     Raises:
-        AttachError: ``fold`` with LoRA adapters that are not merged.
+        AttachError: ``fold`` with LoRA adapters that are not merged, or a weight that is float elsewhere.
     """
     for path, lora in lora_layers(model) if fold else ():
         if isinstance(lora.base_layer, QuantLayer):
             cure = "Call merge_and_unload(), then detach what it returns; or detach(model, fold=False)."
             raise AttachError(explain(path, "adapters merged first", "adapters beside a quantized layer", cure))
-    for _, layer in quant_layers(model):
+    for path, other in read_in_float(model).items() if fold else ():
+        raise AttachError(explain(path, EVERYWHERE, f"one that {other} reads in float", ALIKE))
+    for _, layer in list(quant_layers(model)):
         if fold:
             with torch.no_grad():
                 for tensor, value in [(layer.weight, layer.on_grid()), *deployed_norm(layer)]:
                     tensor.copy_(value)
         for folded in layer.folds:
             folded.undo()
+        if isinstance(layer, ExpertWeight):
+            layer.leave()
+            continue
         layer.__dict__.pop("folds", None)
         layer.__class__ = float_class(layer)  # type: ignore[assignment]
         del layer.weight_quant
@@ -150,6 +161,15 @@ def detach(model: nn.Module, fold: bool = True) -> nn.Module:
     detach_operators(model)
     open_fast_paths(model)
     return model
+
+
+def read_in_float(model: nn.Module) -> dict[str, str]:
+    """Quantized layers whose weight another module reads in float, and that module: no one tensor is right for both."""
+    readers: dict[int, str] = {}
+    for path, module in model.named_modules():
+        if not isinstance(module, (QuantLayer, QuantExperts)):
+            readers.update({id(p): path for p in module._parameters.values() if p is not None})
+    return {path: readers[id(layer.weight)] for path, layer in quant_layers(model) if id(layer.weight) in readers}
 
 
 @torch.no_grad()

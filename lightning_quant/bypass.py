@@ -52,7 +52,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def uncached_autocast() -> Iterator[None]:
-    """While open, autocast keeps no casts: those made without gradients would be taken for the ones to train."""
+    """While open, autocast keeps no casts of weights: memory that lasts to the end of the training step's forward.
+
+    Older releases of torch also take casts made without gradients for those to train (pytorch#158232).
+    """
     cached = torch.is_autocast_cache_enabled()
     try:
         torch.set_autocast_cache_enabled(False)

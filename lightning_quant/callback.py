@@ -70,7 +70,8 @@ class QuantCallback(Callback):
         distill: Learn from the float model as well: a weight, or a mapping of the fields of ``spec.Distill``, whose
             ``module`` is a path in the LightningModule (None: what ``self(batch)`` returns are the logits).  What
             ``training_step`` logs stays the loss of the task; the term is logged as ``quant/distill``.
-        teacher: Learn from this model instead, called as the student is.
+        teacher: Learn from this model instead, called as the student is: better than the module's own weights where
+            all of them are trained.
 
     Raises:
         ValueError: A bad setting, before any work.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -165,8 +166,10 @@ def _with_adapters(directory: str | Path, model: nn.Module | None, **kwargs: Any
             raise CheckpointError(explain(str(file), "the name of the base model", repr(base), cure))
         model = _from_pretrained(base, **kwargs)
     try:
-        wrapped: nn.Module = PeftModel.from_pretrained(model, directory)  # type: ignore[arg-type]
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys", UserWarning)
+            wrapped: nn.Module = PeftModel.from_pretrained(model, directory)  # type: ignore[arg-type]
+    except (SafetensorError, OSError, ValueError, RuntimeError, UserWarning) as error:
         got, cure = " ".join(str(error).split())[:300], "Give the base model they were trained beside."
         raise CheckpointError(explain(str(directory), "adapters of this model", got, cure)) from error
     return wrapped

@@ -23,7 +23,7 @@ from lightning_quant.layers import QuantLayer
 from lightning_quant.metrics import codes, flips, learned_scales, readings, summary, to_floats
 from lightning_quant.norms import hold_statistics
 from lightning_quant.optim import freeze_with_weights, split_groups
-from lightning_quant.parts import refuse_other_config
+from lightning_quant.parts import refuse_late_adapters, refuse_other_config
 from lightning_quant.quantizer import FakeQuantizer
 from lightning_quant.report import Report
 from lightning_quant.schedule import Schedule, delay_steps
@@ -95,6 +95,7 @@ class QuantController:
             self.report = attach(model, self.config)
             freeze_with_weights(model)
         refuse_other_config(model, self.config, self.estimator)
+        refuse_late_adapters(model)
         if self._distiller is not None:
             self._distiller.find(model if root is None else root)
         if self.config.delay:
@@ -332,7 +333,7 @@ class QuantController:
                 )
             )
         now, then = self.config.to_dict(), QuantConfig.from_dict(state["config"], "QuantController state").to_dict()
-        for key in ("method", "weight", "activation", "rules", "options"):
+        for key in ("method", "weight", "activation", "rules", "options", "batch_norm", "operators", "first_last"):
             if then[key] != now[key]:
                 raise ValueError(
                     explain(

@@ -5,6 +5,8 @@
 with outputs z, the teacher's y, a mean over positions.  The teacher is a module of the user's, or the model itself in
 evaluation mode with its quantizers bypassed and PEFT's adapters left out: the float base where there are adapters, else
 the weights being trained as they are before rounding.  That one costs no memory for weights, and nothing is stored.
+Without adapters it is a weak teacher: no loss trains those weights unrounded, and a model that follows them moves them
+on.  Where all weights are trained, a float model that stays as it is teaches better (examples/benchmarks/distill.py).
 
 No training loop and no loss function is touched: what a forward returns carries the terms' gradients, which join the
 loss's own in its backward pass (``soft_targets``), scaled as the controller's ``on_step`` says.  Losses that loops log

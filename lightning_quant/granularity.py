@@ -26,17 +26,19 @@ class Granularity:
         axis: A weight's output-channel dimension (1 for transposed convolutions and GPT-2's Conv1D);
             None for activations.
         group_size: Elements per scale along a row.
+        stacked: The weight is a stack of matrices (experts) along its first dimension: each has rows of its own.
     """
 
     kind: str
     axis: int | None = 0
     group_size: int = 0
+    stacked: bool = False
 
     def scale_shape(self, shape: Sequence[int], where: str = "tensor") -> tuple[int, ...]:
         """Shape of the scales of a tensor of this shape; refuses a group size that does not divide."""
         if self.kind in ("tensor", "token") or self.axis is None:
             return (1,)
-        if self.kind == "pixel" and len(shape) > 2:
+        if self._by_place(shape):
             return (math.prod(shape[2:]), 1)
         out, row = self.rows(shape)
         if self.kind != "group":
@@ -57,17 +59,23 @@ class Granularity:
 
     def rows(self, shape: Sequence[int]) -> tuple[int, int]:
         """A weight's output channels and the elements of each."""
-        out = shape[self.axis or 0]
+        out = shape[self.axis or 0] * (shape[0] if self.stacked else 1)
         return out, math.prod(shape) // max(out, 1)
+
+    def _by_place(self, shape: Sequence[int]) -> bool:
+        return self.kind == "pixel" and len(shape) > 2 and not self.stacked
 
     def view(self, x: Tensor) -> Tensor:
         """The tensor in the shape that ``lift``-ed scales broadcast against (no copy when axis is 0)."""
         if self.axis is None:
             return x if self.kind != "group" else x.reshape(*x.shape[:-1], -1, self.group_size)
-        rows = x.movedim(self.axis, 0) if self.axis else x
+        if self.stacked:
+            rows = x.movedim(self.axis, 1).flatten(0, 1)
+        else:
+            rows = x.movedim(self.axis, 0) if self.axis else x
         if self.kind == "group":
             return rows.reshape(rows.shape[0], -1, self.group_size)
-        if self.kind == "pixel" and x.ndim > 2:
+        if self._by_place(x.shape):
             return rows.flatten(2).movedim(2, 0).flatten(1)
         return rows.reshape(rows.shape[0], -1)
 
@@ -75,11 +83,14 @@ class Granularity:
         """Undo ``view`` (and any further cutting of rows) for a tensor whose original shape was ``shape``."""
         if self.axis is None:
             return y if self.kind != "group" else y.reshape(tuple(shape))
-        if self.kind == "pixel" and len(shape) > 2:
+        if self._by_place(shape):
             out = shape[self.axis]
             y = y.reshape(len(y), out, -1).movedim(0, 2)
         if not self.axis:
             return y.reshape(tuple(shape))
+        if self.stacked:
+            rest = [n for i, n in enumerate(shape) if i not in (0, self.axis)]
+            return y.reshape(shape[0], shape[self.axis], *rest).movedim(1, self.axis)
         moved = [shape[self.axis], *(n for i, n in enumerate(shape) if i != self.axis)]
         return y.reshape(moved).movedim(0, self.axis)
 

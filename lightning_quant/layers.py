@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from lightning_quant.packed import PackedLinear
 from lightning_quant.quantizer import FakeQuantizer
 
 
@@ -29,8 +30,9 @@ class Fold(Protocol):
 class QuantLayer(nn.Module):
     """What the quantized layers share: the two quantizers, the normalization folded in, the facts attach needs.
 
-    Class attributes: ``output_axis``, the weight's output-channel dimension, ``input_channels``, the attribute
-    with the number of input channels, and ``channel_axis``, the dimension of channels in input and output.
+    Class attributes: ``output_axis``, the weight's output-channel dimension, ``stacked``, whether it is a stack of
+    matrices, ``input_channels``, the attribute with the number of input channels, and ``channel_axis``, the dimension
+    of channels in input and output.
     """
 
     weight: Tensor
@@ -38,6 +40,7 @@ class QuantLayer(nn.Module):
     weight_quant: FakeQuantizer
     input_quant: FakeQuantizer | None
     output_axis = 0
+    stacked = False
     input_channels = "in_features"
     channel_axis = -1
     folds: tuple[Fold, ...] = ()  # a tuple, so that what it holds stays a child of its own parent
@@ -58,8 +61,16 @@ class QuantLayer(nn.Module):
 
     def sources(self) -> list[nn.Parameter]:
         """Parameters that the rounded weight is made of."""
-        own: list[nn.Parameter] = [self.weight]  # type: ignore[list-item]
+        own = [self.weight] if isinstance(self.weight, nn.Parameter) else []
         return own + [p for folded in self.folds for p in folded.sources()]
+
+    def weight_name(self, path: str) -> str:
+        """The weight's name in the model, given this module's."""
+        return f"{path}.weight" if path else "weight"
+
+    def runs_in(self, path: str) -> str:
+        """Path of the module whose output comes of the weight, given this module's."""
+        return path
 
     def quant_terms(self) -> tuple[Tensor, Tensor | None]:
         """The weight on its grid, and the bias."""
@@ -85,6 +96,12 @@ class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Product with a matrix."""
         return F.linear(x, weight, bias)
+
+
+class QuantPackedLinear(QuantLinear, PackedLinear):  # type: ignore[misc]
+    """``PackedLinear``, the base of QLoRA, whose dense weight (with its adapters in it) goes on the grid."""
+
+    unpacked = QuantLinear
 
 
 class _QuantConv(QuantLayer):
@@ -173,6 +190,7 @@ class QuantEmbedding(QuantLayer, nn.Embedding):  # type: ignore[misc]
 
 LAYERS: dict[type[nn.Module], type[QuantLayer]] = {
     nn.Linear: QuantLinear,
+    PackedLinear: QuantPackedLinear,
     nn.Conv1d: QuantConv1d,
     nn.Conv2d: QuantConv2d,
     nn.Conv3d: QuantConv3d,
@@ -183,9 +201,13 @@ LAYERS: dict[type[nn.Module], type[QuantLayer]] = {
 }
 
 
+# Where transformers has layers of its own: see ``transformers_layers``.
+FOREIGN = ("transformers.pytorch_utils", "transformers.models.falcon.modeling_falcon")
+
+
 def layer_class(kind: type[nn.Module]) -> type[QuantLayer] | None:
     """The quantized class of exactly this class, or None.  Subclasses are not guessed at."""
-    if kind not in LAYERS and kind.__module__ == "transformers.pytorch_utils":
+    if kind not in LAYERS and kind.__module__ in FOREIGN:
         from lightning_quant.transformers_layers import TRANSFORMERS_LAYERS
 
         return TRANSFORMERS_LAYERS.get(kind)

@@ -114,7 +114,7 @@ def refuse_float_checkpoints(part: nn.Module, name: str) -> RemovableHandle:
 
 def _refuse_float_state(module: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any, name: str) -> None:
     mine = tuple(f"{prefix}{path}." for path, q in quantizers(module) if q.state_dict())
-    weights = any(f"{prefix}{path}.weight" in state for path, _ in quant_layers(module))
+    weights = any(f"{prefix}{layer.weight_name(path)}" in state for path, layer in quant_layers(module))
     if mine and weights and not any(key.startswith(mine) for key in state):
         raise CheckpointError(
             explain(

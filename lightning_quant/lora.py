@@ -28,7 +28,9 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from lightning_quant.errors import AttachError, explain
+from lightning_quant.estimators import Estimator
 from lightning_quant.layers import QuantLayer
+from lightning_quant.packed import PackedLinear
 
 
 class QuantLoraLinear(LoraLinear):  # type: ignore[misc]
@@ -66,7 +68,10 @@ class QuantLoraLinear(LoraLinear):  # type: ignore[misc]
             if safe_merge and not bool(torch.isfinite(weight).all()):
                 got = f"NaN or infinity from the adapters {names}"
                 raise ValueError(explain("merge", "finite weights", got, "Take an earlier checkpoint."))
-            base.weight.data = weight
+            if isinstance(base, PackedLinear):
+                base.unpack(weight)
+            else:
+                base.weight.data = weight
             if bias is not base.bias and base.bias is not None and bias is not None:
                 base.bias.data = bias
         self.merged_adapters += names
@@ -74,7 +79,8 @@ class QuantLoraLinear(LoraLinear):  # type: ignore[misc]
     def merged_terms(self, names: list[str], exact: bool = False) -> tuple[Tensor, Tensor | None]:
         """The base layer's weight and bias with these adapters in them, differentiable, in the weight's dtype."""
         base: QuantLayer = self.get_base_layer()  # type: ignore[assignment]
-        weight, bias = base.weight, base.bias
+        own = base.weight
+        weight, bias = own, base.bias
         self._exact = exact
         try:
             with torch.autocast(weight.device.type, enabled=False):  # merging knows no autocast
@@ -82,10 +88,10 @@ class QuantLoraLinear(LoraLinear):  # type: ignore[misc]
                     delta = self.get_delta_weight(name)
                     weight = weight + delta
                     if name in self.lora_variant:
-                        weight = weight * self._magnitude(name, base.weight, delta)
-                    weight = weight.to(base.weight.dtype)
+                        weight = weight * self._magnitude(name, own, delta)
+                    weight = weight.to(own.dtype)
                     if self.lora_bias[name]:
-                        bias = (bias + self.lora_B[name].bias * self.scaling[name]).to(base.weight.dtype)
+                        bias = (bias + self.lora_B[name].bias * self.scaling[name]).to(own.dtype)
         finally:
             self._exact = False
         return weight, bias
@@ -126,8 +132,14 @@ class LoraFold:
         return lora.merged_terms([n for n in lora.active_adapters if n in lora.lora_A])
 
     def through(self, layer: QuantLayer, x: Tensor, *sizes: Any) -> Tensor:
-        """The layer's output."""
-        return layer.product(x, *layer.quant_terms(), *sizes)
+        """The layer's output; of all that is of the weight's size, nothing is kept for backward."""
+        trained = [p for p in (*self.sources(), *layer.weight_quant.parameters()) if p.requires_grad]
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not (trained or x.requires_grad):
+            return layer.product(x, *layer.quant_terms())
+        if any(name in self.lora.lora_bias and self.lora.lora_bias[name] for name in self.lora.active_adapters):
+            return layer.product(x, *layer.quant_terms())  # a trained bias is not a matter of the weight
+        y: Tensor = _Recomputed.apply(layer, x, *trained)  # type: ignore[no-untyped-call]
+        return y
 
     def sources(self) -> list[nn.Parameter]:
         """What the active adapters train."""
@@ -138,12 +150,74 @@ class LoraFold:
         self.lora.__class__ = LoraLinear  # type: ignore[assignment]
 
 
-def check_lora(path: str, module: nn.Module) -> None:
+class _Recomputed(torch.autograd.Function):
+    """A layer's product that forms its merged, rounded weight once more in backward instead of keeping it.
+
+    What is saved is the input; ``W + s B A`` and its rounded form, each as large as the weight, live while in use.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, layer: QuantLayer, x: Tensor, *trained: Tensor) -> Tensor:  # type: ignore[override]
+        """The product; ``trained`` are the parameters that get a gradient through the weight."""
+        ctx.layer, ctx.trained = layer, trained
+        ctx.draws = _draws(layer)
+        ctx.states = _generator_states(x) if ctx.draws else []
+        ctx.save_for_backward(x)
+        return layer.product(x, *layer.quant_terms())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        """Gradients of the input and of everything the weight is made of."""
+        layer: QuantLayer = ctx.layer
+        (x,) = ctx.saved_tensors
+        now = _generator_states(x) if ctx.draws else []
+        _set_generators(x, ctx.states)
+        counted, q = layer.weight_quant.called, layer.weight_quant
+        with torch.enable_grad():
+            weight, _ = layer.quant_terms()
+        q.called = counted
+        _set_generators(x, now)
+        rows = layer.output_axis  # of a Linear's weight 0, of a Conv1D's 1
+        dense = weight.detach().to(grad.dtype)
+        grad_x = (grad @ (dense.T if rows else dense)).to(x.dtype) if ctx.needs_input_grad[1] else None
+        flat, given = grad.flatten(0, -2), x.flatten(0, -2).to(grad.dtype)
+        grad_w = (given.T @ flat if rows else flat.T @ given).to(weight.dtype)
+        found = torch.autograd.grad(weight, ctx.trained, grad_w, allow_unused=True) if ctx.trained else ()
+        return (None, grad_x, *found)
+
+
+def _draws(layer: QuantLayer) -> bool:
+    """Whether forming the weight draws random numbers."""
+    lora = layer.folds[0].lora  # type: ignore[attr-defined]
+    return lora.training and any(isinstance(d, nn.Dropout) and d.p > 0 for d in lora.lora_dropout.values())
+
+
+def _generator_states(x: Tensor) -> list[Tensor]:
+    return (
+        [torch.get_rng_state()]
+        if x.device.type == "cpu"
+        else [torch.get_device_module(x.device).get_rng_state(x.device)]
+    )
+
+
+def _set_generators(x: Tensor, states: list[Tensor]) -> None:
+    for state in states:
+        if x.device.type == "cpu":
+            torch.set_rng_state(state)
+        else:
+            torch.get_device_module(x.device).set_rng_state(state, x.device)
+
+
+def check_lora(path: str, module: nn.Module, rule: Estimator) -> None:
     """Refuse what has no merged weight to round.
 
     Raises:
-        AttachError: Merged already, or a variant other than DoRA.
+        AttachError: Merged already, a variant other than DoRA, or a method with state per element of the weight.
     """
+    if rule.role(True).holds_elements:
+        got = f"{type(rule).__name__.lower()}, which steers elements of the layer's own weight"
+        cure = 'Use lsq, ste or pege with theta="group"; or train without adapters.'
+        raise AttachError(explain(path, "a method that rounds any weight it is given", got, cure))
     lora: Any = module
     if lora.merged:
         cure = "Call unmerge_adapter(), or merge_and_unload() and quantize what that returns."

@@ -176,9 +176,7 @@ def specialize(module: nn.Module, born: type[nn.Module]) -> None:
     module.__class__ = _classes[key]
 
 
-def _either(
-    born: type[nn.Module], training: Callable[..., Any], evaluation: Callable[..., Any]
-) -> Callable[..., Any]:
+def _either(born: type[nn.Module], training: Callable[..., Any], evaluation: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(born.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return training(self, *args, **kwargs) if self.training else evaluation(self, *args, **kwargs)

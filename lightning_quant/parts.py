@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from lightning_quant.adapters import lora_layers
 from lightning_quant.attach import quant_layers
 from lightning_quant.errors import AttachError, explain
 from lightning_quant.estimators import Estimator
@@ -107,6 +108,18 @@ def refuse_other_config(model: nn.Module, config: QuantConfig, estimator: Estima
         if not same:
             cure = "Use the config it was attached with, or detach(model) first."
             raise AttachError(explain(path, f"quantizers of this config ({now})", f"{then}, in place already", cure))
+
+
+def refuse_late_adapters(model: nn.Module) -> None:
+    """Complain about adapters that were put around layers with quantizers: they would add to what is rounded.
+
+    Raises:
+        AttachError: There is one.
+    """
+    for path, lora in lora_layers(model):
+        if isinstance(lora.base_layer, QuantLayer) and not lora.base_layer.folds:
+            got, cure = "them the other way round", "Call get_peft_model on the float model, then attach."
+            raise AttachError(explain(path, "adapters first and quantizers second", got, cure))
 
 
 def _is_layer(module: nn.Module) -> bool:

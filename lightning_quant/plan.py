@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from lightning_quant.adapters import beside, float_path, lora_layers, other_bases
 from lightning_quant.errors import AttachError, explain
 from lightning_quant.estimators import Estimator, overrides
+from lightning_quant.experts import expert_weights
 from lightning_quant.granularity import Granularity
 from lightning_quant.graph import Flow, flow, followers, outermost
 from lightning_quant.layers import QuantEmbedding, QuantLayer, is_convolution, layer_class
 from lightning_quant.norms import FOLDED
 from lightning_quant.operators import plan_operators
+from lightning_quant.packed import PackedLinear
 from lightning_quant.report import Entry, Report
 from lightning_quant.resolve import resolve_activation, resolve_weight
 from lightning_quant.spec import INHERIT, LayerRule, QuantConfig, TensorSpec, parse_scheme
@@ -46,7 +48,7 @@ class LayerPlan:
     @property
     def granularity(self) -> Granularity:
         """Which of the weight's elements share a scale."""
-        return Granularity(self.weight.granularity, self.kind.output_axis, self.weight.group_size or 0)
+        return _granularity(self.weight, self.kind)
 
 
 @dataclass
@@ -93,7 +95,7 @@ def make_plan(model: nn.Module, config: QuantConfig, estimator: Estimator) -> Pl
         candidates = _outermost(candidates, config.first_last, traced, plan.report)
     for candidate in candidates:
         plan.layers.append(_resolve(candidate, plan.layers, estimator, convolutional))
-    _check_adapters(model, plan)
+    _check_adapters(model, plan, estimator)
     if not plan.layers:
         raise AttachError(
             explain(
@@ -113,6 +115,7 @@ def make_plan(model: nn.Module, config: QuantConfig, estimator: Estimator) -> Pl
     for candidate, layer in zip(candidates, plan.layers, strict=True):
         what = words(layer.weight, layer.activation)
         what += ", batch norm folded in" if layer.path in plan.norms else ""
+        what += ", inputs in float" if layer.kind.stacked and candidate.activation is not None else ""
         plan.report.attached.append(Entry(layer.path, what, candidate.share))
     for path, names in plan.operators.items():
         what = f"a{config.operators} operands" if names != ["input_quant"] else f"a{config.operators} input"
@@ -136,17 +139,18 @@ def _candidates(model: nn.Module, config: QuantConfig, report: Report) -> list[_
     """Layers to be quantized, with their own specs; all others go into the report."""
     aside, wrapped = beside(model), other_bases(model)
     modules = {path: m for path, m in model.named_modules() if id(m) not in aside}
-    total = max(sum(p.numel() for p in _own_parameters(modules)), 1)
+    total = max(_numbers(modules), 1)
     heads = {id(part) for m in modules.values() if (h := _head(m)) is not None for part in h.modules()}
     used: set[int] = set()
     covered: set[int] = set()
     found: list[_Candidate] = []
-    for path, module in modules.items():
-        kind = layer_class(type(module))
-        if kind is None or id(module) in wrapped or not isinstance(getattr(module, "weight", None), Tensor):
+    for path, layer, module in _layers(modules):
+        kind = type(layer) if isinstance(layer, QuantLayer) else layer_class(type(layer))
+        if kind is None or id(layer) in wrapped or not isinstance(getattr(layer, "weight", None), Tensor):
             continue
-        weight = module.weight
-        share = 0.0 if id(weight) in covered else weight.numel() / total
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        owner = id(weight) if isinstance(weight, nn.Parameter) else id(layer)  # a packed weight is made anew
+        share = 0.0 if owner in covered else weight.numel() / total
         rule = _rule(config.rules, float_path(path), used)
         weight_spec = config.weight if rule is None or rule.weight == INHERIT else rule.weight
         input_spec = config.activation if rule is None or rule.activation == INHERIT else rule.activation
@@ -158,14 +162,14 @@ def _candidates(model: nn.Module, config: QuantConfig, report: Report) -> list[_
             reason = "embedding (embeddings=True quantizes it)"
         elif id(module) in heads and not (config.head or named):
             reason = "output head (head=True quantizes it)"
-        covered.add(id(weight))
+        covered.add(owner)
         if reason is not None:
             report.excluded.append(Entry(path, reason, share))
             continue
         assert isinstance(weight_spec, TensorSpec)
         assert not isinstance(input_spec, str)
         _check_module(path, module, weight)
-        found.append(_Candidate(path, module, kind, weight_spec, input_spec, share, named))
+        found.append(_Candidate(path, layer, kind, weight_spec, input_spec, share, named))
     _check_rules(config.rules, used, [float_path(path) for path in modules])
     for path, module in modules.items():
         for name, p in module.named_parameters(recurse=False):
@@ -179,13 +183,19 @@ def _candidates(model: nn.Module, config: QuantConfig, report: Report) -> list[_
     return found
 
 
-def _own_parameters(modules: Mapping[str, nn.Module]) -> Iterator[nn.Parameter]:
-    seen: set[int] = set()
-    for module in modules.values():
-        for p in module.parameters(recurse=False):
-            if id(p) not in seen:
-                seen.add(id(p))
-                yield p
+def _layers(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """What may be a layer: its path, itself and the module that holds its weight."""
+    for path, module in modules.items():
+        yield path, module, module
+        for part in expert_weights(module):
+            yield f"{path}.{part.name}".lstrip("."), part, module
+
+
+def _numbers(modules: Mapping[str, nn.Module]) -> int:
+    """How many numbers the model's own parameters and packed weights hold."""
+    own = {id(p): p.numel() for m in modules.values() for p in m.parameters(recurse=False)}
+    packed = sum(m.out_features * m.in_features for m in modules.values() if isinstance(m, PackedLinear))
+    return sum(own.values()) + packed
 
 
 def _outermost(candidates: list[_Candidate], scheme: str | None, traced: Flow, report: Report) -> list[_Candidate]:
@@ -212,34 +222,39 @@ def _resolve(candidate: _Candidate, before: list[LayerPlan], estimator: Estimato
     path, module, kind = candidate.path, candidate.module, candidate.kind
     weight: Tensor = module.weight  # type: ignore[assignment]
     spec = resolve_weight(candidate.weight, convolutional, estimator.role(True), f"{path}.weight")
-    twin = next((p for p in before if p.module.weight is weight), None)
+    shared = isinstance(weight, nn.Parameter)  # a packed weight is made anew, and is nobody else's
+    twin = next((p for p in before if shared and p.module.weight is weight), None)
     if twin is not None and not (spec.dynamic and spec == twin.weight):
         raise AttachError(
             explain(
                 path,
                 "a weight that one quantized layer owns (or scales that follow the weight: w8)",
                 f"the same parameter as {twin.path}, which is quantized too",
-                f'Leave one in float: LayerRule(match="{path}", weight=None).',
+                f'Give both w8, or leave one in float: LayerRule(match="{path}", weight=None).',
             )
         )
     activation = None
-    if candidate.activation is not None and kind is not QuantEmbedding:
+    if candidate.activation is not None and kind.input_channels:
         activation = resolve_activation(candidate.activation, convolutional, estimator.role(False), f"{path}.input")
         if activation.granularity == "group":
             Granularity("group", None, activation.group_size or 0).check_row(weight.shape[-1], path)
-    granularity = Granularity(spec.granularity, kind.output_axis, spec.group_size or 0)
+    granularity = _granularity(spec, kind)
     scales = granularity.scale_shape(weight.shape, path)
     return LayerPlan(path, module, kind, spec, activation, granularity.rows(weight.shape), scales)
 
 
-def _check_adapters(model: nn.Module, plan: Plan) -> None:
+def _granularity(spec: TensorSpec, kind: type[QuantLayer]) -> Granularity:
+    return Granularity(spec.granularity, kind.output_axis, spec.group_size or 0, kind.stacked)
+
+
+def _check_adapters(model: nn.Module, plan: Plan, estimator: Estimator) -> None:
     """LoRA around a layer to be quantized must have a merged weight to round."""
     planned = {id(layer.module) for layer in plan.layers}
     for path, lora in lora_layers(model):
         if id(lora.base_layer) in planned:
             from lightning_quant.lora import check_lora
 
-            check_lora(path, lora)
+            check_lora(path, lora, estimator)
 
 
 def _norms(model: nn.Module, plan: Plan, traced: Flow, estimator: Estimator) -> dict[str, str]:

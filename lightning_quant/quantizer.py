@@ -44,7 +44,6 @@ class FakeQuantizer(nn.Module):
 
     table: Tensor | None
     _place: Tensor
-    enabled = True  # see ``bypass``
 
     if TYPE_CHECKING:
 
@@ -79,6 +78,7 @@ class FakeQuantizer(nn.Module):
         self.target, self.salt = target, salt
         self.low, self.high = self.grid.low, self.grid.high
         self.scale_shape = granularity.scale_shape(self.shape, where)
+        self.enabled = True  # see ``bypass``
         self.called = False
         self.observing = False
         self.delayed = False

@@ -234,7 +234,7 @@ class QuantConfig:
         first_last: Scheme of the layers that see the model's input or make its output, e.g. ``w8a8``;
             ``inherit``: as all others; None: float.
         strict: Refuse a model with weights that nothing here can reach, instead of listing them.
-        distill: Learn from a teacher as well: a weight, or ``Distill`` or a mapping of its fields.
+        distill: Learn from a teacher's outputs as well: a weight, ``Distill`` or a mapping of its fields.
     """
 
     method: Any = "pege"

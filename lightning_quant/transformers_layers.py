@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
-from lightning_quant.layers import QuantLayer
+from lightning_quant.layers import QuantLayer, QuantLinear
 
 
 class QuantConv1D(QuantLayer, Conv1D):  # type: ignore[misc]
@@ -22,4 +23,13 @@ class QuantConv1D(QuantLayer, Conv1D):  # type: ignore[misc]
         return y.view((*x.shape[:-1], y.shape[-1]))
 
 
-TRANSFORMERS_LAYERS: dict[type[nn.Module], type[QuantLayer]] = {Conv1D: QuantConv1D}
+class QuantFalconLinear(QuantLinear, FalconLinear):  # type: ignore[misc]
+    """Falcon's ``Linear``, which adds its bias after rounding the product, on the grid."""
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Product with a matrix."""
+        y = x @ weight.T
+        return y if bias is None else y + bias
+
+
+TRANSFORMERS_LAYERS: dict[type[nn.Module], type[QuantLayer]] = {Conv1D: QuantConv1D, FalconLinear: QuantFalconLinear}

@@ -17,18 +17,17 @@ PACKAGES = ("lightning_quant", "hf_integration")
 # Lower layers first; a module may import its own layer and the ones before it.  What is not listed is at the edge:
 # it may import everything here, and nothing here may import it.
 LAYERS = (
-    ("errors", "version", "schedule", "distributed", "noise", "progress", "reuse", "report", "graph", "adapters")
-    + ("outputs", "soft_targets"),
+    ("errors", "version", "schedule", "distributed", "noise", "progress", "reuse", "report", "graph", "adapters"),
     ("spec",),
     ("granularity", "codebooks", "scales", "integer"),
     ("grid",),
     ("estimators", "observers", "ranges"),
     ("resolve", "settings", "metrics", "quantizer"),
-    ("norms", "operators", "bypass"),
-    ("layers", "transformers_layers", "lora"),
+    ("norms", "operators", "packed", "bypass"),
+    ("layers", "transformers_layers", "experts", "lora"),
     ("plan", "fast_path"),
     ("attach",),
-    ("calibration", "curvature", "optim", "parts", "distill"),
+    ("calibration", "curvature", "optim", "parts", "outputs", "soft_targets", "distill"),
     ("controller",),
 )
 EDGE = len(LAYERS)

@@ -8,11 +8,13 @@ import io
 import pytest
 import torch
 from torch import nn
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from lightning_quant.attach import attach, detach
 from lightning_quant.layers import LAYERS, QuantLayer, float_class, is_convolution, layer_class
 from lightning_quant.spec import QuantConfig
+from lightning_quant.transformers_layers import TRANSFORMERS_LAYERS
 
 CASES = {
     "linear": (lambda: nn.Linear(8, 6), (2, 3, 8)),
@@ -27,6 +29,7 @@ CASES = {
     "transposed3d": (lambda: nn.ConvTranspose3d(2, 3, 2, stride=2), (1, 2, 3, 3, 3)),
     "embedding": (lambda: nn.Embedding(10, 8, padding_idx=0), None),
     "gpt2 conv1d": (lambda: Conv1D(6, 8), (2, 3, 8)),
+    "falcon linear": (lambda: FalconLinear(8, 6), (2, 3, 8)),
 }
 SCHEMES = ("w8a16", "w4a16-channel", "w4a8-channel-static", "w2a4-tensor-static")
 
@@ -43,7 +46,7 @@ def attached(layer, scheme, method="ste"):
 
 def test_every_layer_class_has_a_case():
     made = {type(build()) for build, _ in CASES.values()}
-    assert made == {*LAYERS, Conv1D}
+    assert made == {*LAYERS, *TRANSFORMERS_LAYERS}
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -88,7 +91,7 @@ def test_pege_learns_one_b_per_input_channel(name):
     model = attached(layer, "w4a4-channel-static", "pege")
     layer.input_quant.theta.data.uniform_(0.1, 0.9)
     model(x).square().sum().backward()
-    channels = {"linear": 8, "gpt2": 8}.get(name.split()[0], 2 if "3d" in name else 4)
+    channels = {"linear": 8, "gpt2": 8, "falcon": 8}.get(name.split()[0], 2 if "3d" in name else 4)
     assert layer.input_quant.theta.grad.shape == (channels,)
     assert layer.input_quant.theta.grad.ne(0).all()
 

@@ -16,6 +16,7 @@ HERE = Path(__file__).resolve().parent
 README = HERE.parents[1] / "README.md"
 sys.path.insert(0, str(HERE.parent))
 
+import architectures  # noqa: E402
 import logging_cost  # noqa: E402
 import overhead  # noqa: E402
 from demo import table as demo_table  # noqa: E402
@@ -60,6 +61,7 @@ def methods_section() -> str:
 
 SECTIONS = {
     "methods": methods_section,
+    "architectures": lambda: architectures.table(results("architectures")),
     "overhead": lambda: overhead.table(results("overhead")),
     "logging": lambda: logging_cost.table(results("logging")),
     "demo": demo_section,

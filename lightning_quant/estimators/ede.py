@@ -81,9 +81,9 @@ class Ede(Estimator):
         """Standardised weights, in float32 or wider; activations as they are."""
         if not (self.balance and quantizer.is_weight):
             return x
-        axis = quantizer.granularity.axis or 0
-        rows = x.to(torch.promote_types(x.dtype, torch.float32)).movedim(axis, 0)
-        return F.layer_norm(rows, rows.shape[1:], eps=TINY).movedim(0, axis)
+        axis, first = quantizer.granularity.axis or 0, int(quantizer.granularity.stacked)
+        rows = x.to(torch.promote_types(x.dtype, torch.float32)).movedim(axis, first)
+        return F.layer_norm(rows, rows.shape[first + 1 :], eps=TINY).movedim(first, axis)
 
     def inputs(self, quantizer: FakeQuantizer, x: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
         """t, 0-dim."""

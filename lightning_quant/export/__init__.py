@@ -10,14 +10,13 @@ from torch import nn
 
 from lightning_quant import distributed
 from lightning_quant.attach import is_attached
-from lightning_quant.bypass import evaluating
 from lightning_quant.errors import explain, unknown
-from lightning_quant.export.compressed_tensors import write_compressed_tensors
-from lightning_quant.export.folded import write_folded
+from lightning_quant.export.compressed_tensors import quantization_config, write_compressed_tensors
+from lightning_quant.export.folded import check_folded, write_folded
 from lightning_quant.export.integer_only import Comparison, IntegerRun, compare_with_runtime, run_integer_only
 from lightning_quant.export.onnx_qdq import write_onnx
 from lightning_quant.export.verify import LayerCheck, VerifyReport, verify
-from lightning_quant.export.writer import ExportReport, Sink, new_directory, shipped_model
+from lightning_quant.export.writer import ExportReport, Sink, as_shipped, new_directory, shipped_model
 from lightning_quant.spec import QuantConfig
 
 FORMATS: dict[str, Callable[..., None]] = {
@@ -63,22 +62,45 @@ def export(
     """
     path = Path(path)
     model = shipped_model(model)
-    if format is None:
-        format = "compressed-tensors" if hasattr(model, "save_pretrained") else "folded"
-    if format not in FORMATS:
-        raise ValueError(unknown("format", format, FORMATS, "export"))
+    format = _format(model, format)
     if not is_attached(model):
         raise ValueError(
             explain(
                 "export", "a model with quantizers", "a float model", "Export before detach(), from the trained model."
             )
         )
-    with new_directory(path) as temporary, evaluating(model):
+    with new_directory(path) as temporary, as_shipped(model):
         sink = Sink(temporary, max_shard_bytes)
         FORMATS[format](model, sink, target=target, tokenizer=tokenizer, config=config, inputs=inputs)
         sink.finish()
     distributed.barrier()
     return ExportReport(path, format, sink.total_bytes, sink.float_bytes, sink.files)
+
+
+def check_export(model: nn.Module, format: str | None = None) -> None:
+    """Refuse, before training, what ``export`` would refuse after it; formats that trace the model are not tried.
+
+    Args:
+        model: A model with quantizers.
+        format: As ``export`` takes it.
+
+    Raises:
+        ValueError: The format cannot express the model.
+    """
+    model = shipped_model(model)
+    format = _format(model, format)
+    if format == "folded":
+        check_folded(model)
+    elif format == "compressed-tensors":
+        quantization_config(model, trained=False)
+
+
+def _format(model: nn.Module, format: str | None) -> str:
+    if format is None:
+        return "compressed-tensors" if hasattr(model, "save_pretrained") else "folded"
+    if format not in FORMATS:
+        raise ValueError(unknown("format", format, FORMATS, "export"))
+    return format
 
 
 __all__ = [
@@ -88,6 +110,7 @@ __all__ = [
     "IntegerRun",
     "LayerCheck",
     "VerifyReport",
+    "check_export",
     "compare_with_runtime",
     "export",
     "run_integer_only",

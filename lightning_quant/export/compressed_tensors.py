@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_quant.adapters import float_paths
 from lightning_quant.distributed import whole
 from lightning_quant.errors import explain
 from lightning_quant.estimators import overrides
+from lightning_quant.experts import ExpertWeight
+from lightning_quant.export.layout import on_disk, splits, stored_parts
 from lightning_quant.export.writer import Sink, float_tensors, write_model_files
 from lightning_quant.layers import QuantLayer, QuantLinear
 from lightning_quant.progress import track
@@ -18,6 +21,7 @@ from lightning_quant.quantizer import FakeQuantizer
 from lightning_quant.spec import QuantConfig
 
 PACKED, PLAIN = "pack-quantized", "int-quantized"
+EXPERTS = r"re:.*\.experts.*"  # a target; single experts have no module in transformers
 
 
 def write_compressed_tensors(
@@ -34,18 +38,22 @@ def write_compressed_tensors(
     quantization = quantization_config(model, target)
     for name, tensor, layer in track(list(float_tensors(model)), "writing weights"):
         if layer is None:
-            sink.add(name, whole(tensor))
+            sink.add(_disk_name(model, name, tensor), whole(tensor))
         else:
-            _add_layer(sink, name.removesuffix(".weight"), layer)
+            for path, codes, scale in stored_parts(model, name, layer):
+                _add_layer(sink, path, layer, codes, scale)
     write_model_files(model, sink, tokenizer, config, quantization)
 
 
-def _add_layer(sink: Sink, path: str, layer: QuantLayer) -> None:
+def _disk_name(model: nn.Module, name: str, tensor: Tensor) -> str:
+    """A float tensor's name on disk; fused experts in float stay fused, since readers take single ones for packed."""
+    names = list(on_disk(model, name, tensor))
+    return names[0] if len(names) == 1 else name
+
+
+def _add_layer(sink: Sink, path: str, layer: QuantLayer, codes: Tensor, scale: Tensor) -> None:
     from compressed_tensors.compressors import pack_to_int32
 
-    codes, scale, _, _ = layer.weight_quant.stored(layer.folded()[0])
-    if scale.ndim == 1:
-        scale = scale.expand(codes.shape[0]).unsqueeze(1)
     size = codes.numel() * layer.weight.element_size()
     if layer_format(layer) == PACKED:
         packed = pack_to_int32(codes, int(layer.weight_quant.spec.bits))
@@ -64,12 +72,13 @@ def layer_format(layer: QuantLayer) -> str:
     return PACKED if layer.input_quant is None else PLAIN
 
 
-def quantization_config(model: nn.Module, target: str | None = None) -> dict[str, Any]:
+def quantization_config(model: nn.Module, target: str | None = None, trained: bool = True) -> dict[str, Any]:
     """The ``quantization_config`` of config.json, after checking that the format can say all of it.
 
     Args:
         model: A transformers model with quantizers.
         target: Runtime the export is for, or None for the one training followed.
+        trained: Whether ranges that training observes must be there.
 
     Raises:
         ValueError: See ``write_compressed_tensors``; the message names the layer.
@@ -85,15 +94,23 @@ def quantization_config(model: nn.Module, target: str | None = None) -> dict[str
     modules = {name: m for p, m in model.named_modules() if (name := names[p]) is not None}
     owners: dict[int, list[str]] = {}
     for path, module in modules.items():
-        if isinstance(getattr(module, "weight", None), torch.Tensor):
+        if isinstance(getattr(module, "weight", None), nn.Parameter):  # a packed weight is nobody else's
             owners.setdefault(id(module.weight), []).append(path)
     groups: dict[str, tuple[dict[str, Any], list[str]]] = {}
     for path, layer in modules.items():
         if isinstance(layer, QuantLayer):
-            _check_layer(path, layer, owners[id(layer.weight)], target)
+            _check_layer(path, layer, owners.get(id(layer.weight), [path]), target, trained)
+            if isinstance(layer, ExpertWeight):
+                _check_experts(model, layer.weight_name(path), layer)
+                path = EXPERTS
             group = _group(layer)
-            groups.setdefault(repr(group), (group, []))[1].append(path)
+            targets = groups.setdefault(repr(group), (group, []))[1]
+            targets += [path] * (path not in targets)
+    if sum(EXPERTS in targets for _, targets in groups.values()) > 1:
+        expected, cure = "one grid for all experts", "Give them the same scheme, or use format='folded'."
+        raise ValueError(explain("format='compressed-tensors'", expected, "experts on several", cure))
     dense = [p for p, m in modules.items() if isinstance(m, nn.Linear) and not isinstance(m, QuantLayer)]
+    dense += _routers(model, modules)
     entries = {}
     for i, (group, paths) in enumerate(groups.values()):
         entries[f"group_{i}"] = {"targets": ["Linear"] if len(groups) == 1 else paths, **group}
@@ -109,7 +126,21 @@ def quantization_config(model: nn.Module, target: str | None = None) -> dict[str
         "config_groups": entries,
     }
     QuantizationConfig.model_validate(data)
+    if data["format"] == PACKED and sum(targets != [EXPERTS] for _, targets in groups.values()) <= 1:
+        # transformers' reader unpacks while loading.  Without it models that initialize weights by name (Falcon, T5,
+        # ModernBERT) do not load, and parts of a model that are called before the whole find no weight.
+        data["dequantize"] = True
     return data
+
+
+def _routers(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
+    """Paths of float modules with a matrix that some readers hold in a Linear, as on disk."""
+    found = []
+    for path, module in modules.items():
+        weight = module._parameters.get("weight")
+        if weight is not None and weight.ndim == 2 and not isinstance(module, (nn.Linear, nn.Embedding, QuantLayer)):
+            found.append(_disk_name(model, f"{path}.weight", weight).removesuffix(".weight"))
+    return found
 
 
 def _group(layer: QuantLayer) -> dict[str, Any]:
@@ -135,12 +166,12 @@ def _group(layer: QuantLayer) -> dict[str, Any]:
     return {"format": layer_format(layer), "weights": weights, "input_activations": inputs, "output_activations": None}
 
 
-def _check_layer(path: str, layer: QuantLayer, owners: list[str], target: str | None) -> None:
+def _check_layer(path: str, layer: QuantLayer, owners: list[str], target: str | None, trained: bool) -> None:
     def refuse(expected: str, got: object, cure: str) -> ValueError:
         return ValueError(explain(f"{path} (format='compressed-tensors')", expected, got, cure))
 
     spec, inputs = layer.weight_quant.spec, layer.input_quant
-    if not isinstance(layer, QuantLinear):
+    if not isinstance(layer, (QuantLinear, ExpertWeight)):
         raise refuse("a Linear layer", type(layer).__name__, "Its readers know no other: use format='folded'.")
     if spec.bits not in (2, 3, 4, 5, 6, 8):
         raise refuse("2 to 6 or 8 bits", f"{spec.bits:g}", "Use format='folded'.")
@@ -155,10 +186,19 @@ def _check_layer(path: str, layer: QuantLayer, owners: list[str], target: str | 
         raise refuse("a weight of its own", f"one shared by {', '.join(owners)}", "Leave a tied head in float.")
     if inputs is not None:
         _check_inputs(inputs, refuse)
+        if trained and not inputs.ready:
+            raise refuse("calibrated inputs", "no range yet", "Train, or call calibrate(model, batches).")
         if inputs.spec.dynamic and target not in (None, inputs.target):
             raise refuse(f"target={inputs.target!r}, which training followed", repr(target), "Train with that target.")
     if inputs is not None and inputs.spec.bits == 8 and spec.bits == 8 and spec.granularity == "group":
         raise refuse("per-channel weights beside int8 inputs", "groups", "No kernel computes it: use w8a8.")
+
+
+def _check_experts(model: nn.Module, name: str, layer: ExpertWeight) -> None:
+    if not splits(model, name, layer):
+        expected = "experts that a checkpoint holds one by one"
+        got = f"those of {type(model).__name__}, which are fused"
+        raise ValueError(explain(f"{name} (format='compressed-tensors')", expected, got, "Use format='folded'."))
 
 
 def _check_inputs(inputs: FakeQuantizer, refuse: Any) -> None:
@@ -172,5 +212,3 @@ def _check_inputs(inputs: FakeQuantizer, refuse: Any) -> None:
         raise refuse("8-bit inputs", f"{inputs.spec.bits:g} bits", "Use format='folded', or train with a8.")
     if not inputs.spec.symmetric:
         raise refuse("symmetric inputs", "asymmetric ones", "Train with TensorSpec(symmetric=True).")
-    if not inputs.ready:
-        raise refuse("calibrated inputs", "no range yet", "Train, or call calibrate(model, batches).")

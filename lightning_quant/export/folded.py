@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import nn
 
-from lightning_quant.attach import quant_layers
+from lightning_quant.attach import ALIKE, EVERYWHERE, quant_layers, read_in_float
 from lightning_quant.distributed import whole
 from lightning_quant.errors import explain
 from lightning_quant.estimators import overrides
+from lightning_quant.export.layout import on_disk
 from lightning_quant.export.writer import Sink, float_tensors, write_model_files
 from lightning_quant.progress import track
 from lightning_quant.spec import QuantConfig
@@ -23,8 +24,25 @@ def write_folded(
     Activations are not quantized in what comes out: a plain checkpoint has no place for their scales.
 
     Raises:
-        ValueError: The method maps a layer's input before it rounds it, which a plain checkpoint cannot say.
+        ValueError: See ``check_folded``.
     """
+    check_folded(model)
+    for name, tensor, layer in track(list(float_tensors(model)), "writing weights"):
+        value = whole(tensor) if layer is None else layer.on_grid()
+        for key, part in on_disk(model, name, value).items():
+            sink.add(key, part)
+    write_model_files(model, sink, tokenizer, config, None)
+
+
+def check_folded(model: nn.Module) -> None:
+    """Refuse what a plain checkpoint cannot say.
+
+    Raises:
+        ValueError: The method maps a layer's input before it rounds it, or a weight is read in float elsewhere.
+    """
+    for path, other in read_in_float(model).items():
+        where, got = f"{path} (format='folded')", f"one that {other} reads in float"
+        raise ValueError(explain(where, EVERYWHERE, got, ALIKE))
     for path, quantized in quant_layers(model):
         inputs = quantized.input_quant
         if inputs is not None and overrides(inputs.estimator, "transform"):
@@ -32,6 +50,3 @@ def write_folded(
             expected, got = "inputs that are only rounded", f"what {name} maps them to before"
             cure = "No format here holds that map: train with float activations (a16) to export the weights."
             raise ValueError(explain(f"{path} (format='folded')", expected, got, cure))
-    for name, tensor, layer in track(list(float_tensors(model)), "writing weights"):
-        sink.add(name, whole(tensor) if layer is None else layer.on_grid())
-    write_model_files(model, sink, tokenizer, config, None)

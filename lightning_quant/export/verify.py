@@ -13,14 +13,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lightning_quant.adapters import float_paths, without_adapters
+from lightning_quant.adapters import acting_beside, float_paths, without_adapters
 from lightning_quant.attach import detach, quant_layers, quantizers
-from lightning_quant.bypass import evaluating
 from lightning_quant.checkpoint import load_training_checkpoint
 from lightning_quant.errors import CheckpointError, explain
 from lightning_quant.export.compressed_tensors import PACKED, layer_format
+from lightning_quant.export.layout import on_disk, stored_parts
 from lightning_quant.export.onnx_qdq import MODEL_FILE
-from lightning_quant.export.writer import float_tensors, shipped_model
+from lightning_quant.export.writer import as_shipped, float_tensors, shipped_model
 from lightning_quant.layers import QuantLayer
 
 
@@ -137,13 +137,17 @@ def verify(
     else:
         trained = load_training_checkpoint(model_or_training_dir)
     trained = shipped_model(trained)
-    with evaluating(trained):
+    beside = [p for p, _ in acting_beside(trained, {id(layer) for _, layer in quant_layers(trained)})]
+    with as_shipped(trained):
         if stored is None:
             from lightning_quant.export.verify_onnx import verify_onnx
 
             return verify_onnx(path, trained, inputs, tolerance)
         contents, other = _compare_tensors(stored, trained)
         notes = _notes(trained, stored.format)
+        if beside:
+            got = "on both sides; while training they add after its product, which sums floats in another order"
+            notes.append(f"adapters of {beside[0]} (of {len(beside)} layers in float) are merged {got}")
         outputs, logits = _compare_outputs(stored, trained, inputs)
     order = [p for p in outputs if p in contents] + [p for p in contents if p not in outputs]
     checks = [LayerCheck(p, *contents[p], outputs.get(p, 0.0)) for p in order]
@@ -187,27 +191,38 @@ class _Stored:
             value: Tensor = file.get_tensor(name)
             return value
 
+    def parts(self, model: nn.Module, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """A float tensor of the model in the parts that are stored."""
+        return {name: tensor} if name in self.files else on_disk(model, name, tensor)
+
+    def differs(self, name: str, tensor: Tensor) -> int:
+        """How many values of a stored tensor are others than these."""
+        found = self.tensor(name)
+        return int((found != tensor.cpu()).sum()) if found.shape == tensor.shape else tensor.numel()
+
 
 def _compare_tensors(stored: _Stored, trained: nn.Module) -> tuple[dict[str, tuple[int, float]], list[str]]:
     contents: dict[str, tuple[int, float]] = {}
     other = []
     for name, tensor, layer in float_tensors(trained):
         path = name.removesuffix(".weight")
-        if layer is None:
-            if not torch.equal(stored.tensor(name), tensor.detach().cpu()):
-                other.append(name)
-        elif stored.format == "folded":
-            differs = stored.tensor(name) != layer.on_grid().cpu()
-            contents[path] = (int(differs.sum()), 0.0)
-        else:
-            contents[path] = _compare_layer(stored, path, layer)
+        if layer is not None and stored.format == "compressed-tensors":
+            parts = [_compare_layer(stored, layer, *part) for part in stored_parts(trained, name, layer)]
+            contents[path] = (sum(codes for codes, _ in parts), max(scale for _, scale in parts))
+            continue
+        value = tensor.detach() if layer is None else layer.on_grid()
+        differs = sum(stored.differs(key, part) for key, part in stored.parts(trained, name, value).items())
+        if layer is not None:
+            contents[path] = (differs, 0.0)
+        elif differs:
+            other.append(name)
     return contents, other
 
 
-def _compare_layer(stored: _Stored, path: str, layer: QuantLayer) -> tuple[int, float]:
+def _compare_layer(stored: _Stored, layer: QuantLayer, path: str, codes: Tensor, scale: Tensor) -> tuple[int, float]:
     from compressed_tensors.compressors import unpack_from_int32
 
-    codes, scale = (t.cpu() for t in layer.weight_quant.stored(layer.folded()[0])[:2])
+    codes, scale = codes.cpu(), scale.cpu()
     if layer_format(layer) == PACKED:
         shape = torch.Size(stored.tensor(f"{path}.weight_shape").tolist())
         found = unpack_from_int32(stored.tensor(f"{path}.weight_packed"), int(layer.weight_quant.spec.bits), shape)
@@ -216,7 +231,6 @@ def _compare_layer(stored: _Stored, path: str, layer: QuantLayer) -> tuple[int, 
     found_scale = stored.tensor(f"{path}.weight_scale")
     if found.shape != codes.shape:
         return codes.numel(), float("inf")
-    scale = scale.expand(codes.shape[0]).unsqueeze(1) if scale.ndim == 1 else scale
     difference = float((found_scale.double() - scale.double()).abs().max())
     inputs = layer.input_quant
     if inputs is not None and not inputs.spec.dynamic:
@@ -251,11 +265,15 @@ def _compare_outputs(
         inputs = _token_inputs(trained)
     device = next(trained.parameters()).device
     names = float_paths(trained)
-    paths = {p: str(names[p]) for p, _ in quant_layers(trained)}
+    layers = {
+        layer.weight_name(str(names[p])).removesuffix(".weight"): layer.runs_in(p) for p, layer in quant_layers(trained)
+    }
+    paths = {p: str(names[p]) for p in layers.values()}
     with _ReaderRules(trained, folded=stored.format == "folded"):
         theirs = _run(trained, {k: v.to(device) for k, v in inputs.items()}, paths)
     ours = _run(shipped, inputs, {name: name for name in paths.values()})
-    outputs = {p: float((ours[p] - theirs[p]).abs().max()) for p in theirs if p in ours and p}
+    gaps = {p: float((ours[p] - theirs[p]).abs().max()) for p in theirs if p in ours and p}
+    outputs = {layer: gap for ran, gap in gaps.items() for layer, at in layers.items() if paths[at] == ran}
     gap = (ours[""] - theirs[""]).abs()
     return outputs, (float(gap.max()), float(gap.mean()))
 
@@ -282,8 +300,9 @@ def _read(stored: _Stored, trained: nn.Module) -> nn.Module:
     kind = getattr(transformers, type(trained).__name__)
     try:
         model, info = kind.from_pretrained(path, output_loading_info=True)
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise CheckpointError(explain(str(path), "an export its reader loads", str(error), "Export again.")) from error
+    except (SafetensorError, OSError, RuntimeError, AttributeError) as error:  # T5 looks for weights that are packed
+        cure = "Export again; what its reader cannot load at all, with format='folded'."
+        raise CheckpointError(explain(str(path), "an export its reader loads", str(error), cure)) from error
     wrong = {k: v for k, v in info.items() if v}
     if wrong:
         raise CheckpointError(
@@ -318,7 +337,10 @@ def _run(model: nn.Module, inputs: Mapping[str, Tensor], paths: Mapping[str, str
 
 
 class _ReaderRules:
-    """While comparing outputs, let the trained model follow what the reader does to activations."""
+    """While comparing outputs, let the trained model follow what the reader does to activations, in its dtype.
+
+    After training in mixed precision accelerate leaves a forward on the model that turns autocast on.
+    """
 
     def __init__(self, trained: nn.Module, folded: bool) -> None:
         self.trained, self.folded = trained, folded
@@ -331,9 +353,14 @@ class _ReaderRules:
         if self.folded:
             for layer, _ in self.layers:
                 layer.input_quant = None
+        self.forward = self.trained.__dict__.get("forward")
+        if "_original_forward" in self.trained.__dict__:
+            self.trained.forward = self.trained._original_forward  # type: ignore[assignment]
 
     def __exit__(self, *error: object) -> None:
         for q, target in self.targets:
             q.target = target
         for layer, inputs in self.layers:
             layer.input_quant = inputs
+        if self.forward is not None:
+            self.trained.forward = self.forward

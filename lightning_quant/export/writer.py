@@ -15,10 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_quant import distributed
-from lightning_quant.adapters import float_paths, merged, merged_tensors, without_peft
+from lightning_quant.adapters import float_paths, merged_beside, without_peft
 from lightning_quant.attach import deployed_norm, quant_layers, quantizers
+from lightning_quant.bypass import evaluating
 from lightning_quant.errors import explain
 from lightning_quant.layers import QuantLayer
+from lightning_quant.packed import PackedLinear
 from lightning_quant.spec import QuantConfig
 
 CONFIG_FILE = "quant_config.json"
@@ -167,32 +169,40 @@ def shipped_model(model: nn.Module) -> nn.Module:
     return without_peft(model)
 
 
+@contextmanager
+def as_shipped(model: nn.Module) -> Iterator[None]:
+    """While open, the model computes what an export holds: evaluation mode, every adapter merged."""
+    with evaluating(model), merged_beside(model, {id(layer) for _, layer in quant_layers(model)}):
+        yield
+
+
 def float_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, QuantLayer | None]]:
     """The float model's state dict, each storage once, with the quantized layer that owns a weight.
 
-    Biases and normalizations that were folded have the values that ship beside the folded weight; adapters are
-    merged, and what PEFT wrapped has the name it was born with.
+    Biases and normalizations that were folded have the values that ship beside the folded weight; adapters are left
+    out (see ``as_shipped``), and what PEFT wrapped has the name it was born with.
     """
-    layers = {f"{path}.weight": layer for path, layer in quant_layers(model)}
+    layers = {layer.weight_name(path): layer for path, layer in quant_layers(model)}
     mine = tuple(f"{path}." for path, _ in quantizers(model))
     names = float_paths(model)
     shipped = {id(tensor): value for layer in layers.values() for tensor, value in _shipped(layer)}
-    adapted = merged_tensors(model, {id(layer) for layer in layers.values()})
+    packed = {f"{path}.weight_codes": m for path, m in model.named_modules() if isinstance(m, PackedLinear)}
+    scales = {key.removesuffix("codes") + "scale" for key in packed}
     seen: set[tuple[Any, ...]] = set()
     for key, tensor in model.state_dict(keep_vars=True).items():
         path, _, leaf = key.rpartition(".")
         name = names.get(path, path)
-        if key.startswith(mine) or name is None:
+        if key.startswith(mine) or name is None or key in scales:
+            continue
+        if key in packed:
+            yield f"{name}.weight", packed[key].weight, layers.get(f"{path}.weight")
             continue
         storage = distributed.to_local(tensor)
         place = (storage.data_ptr(), storage.shape, storage.stride())
         if storage.numel() and place in seen:
             continue
         seen.add(place)
-        value = shipped.get(id(tensor), tensor.detach())
-        if id(tensor) in adapted:
-            value = merged(*adapted[id(tensor)])
-        yield f"{name}.{leaf}" if name else leaf, value, layers.get(key)
+        yield f"{name}.{leaf}" if name else leaf, shipped.get(id(tensor), tensor.detach()), layers.get(key)
 
 
 def _shipped(layer: QuantLayer) -> list[tuple[Tensor, Tensor]]:

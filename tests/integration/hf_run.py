@@ -41,12 +41,19 @@ def main() -> None:
     parser.add_argument("--theta", default="group")
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--double", action="store_true")
+    parser.add_argument("--lora", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     options = {"theta": args.theta} if args.method == "pege" else {}
+    model = causal_lm().double() if args.double else causal_lm()
+    if args.lora:
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(0)
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "up_proj"], lora_dropout=0.1))
     trainer = QuantTrainer(
-        model=causal_lm().double() if args.double else causal_lm(),
+        model=model,
         args=TrainingArguments(
             output_dir=str(args.out / "run"),
             max_steps=12,

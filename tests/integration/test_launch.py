@@ -11,10 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import Trainer
 
 from hf_integration import QuantArguments, load_training_checkpoint
-from hf_integration.launch import main, split_argv
+from hf_integration.command import split_argv
+from hf_integration.launch import main
+from lightning_quant import QuantConfig
 from lightning_quant.attach import is_attached
 from lightning_quant.cli import main as lightning_quant
 from lightning_quant.export import verify
@@ -203,17 +206,94 @@ def test_split_keeps_the_script_s_words_in_order(tmp_path):
         "--",
         "--quant",
     ]
-    where, quant, rest = split_argv([str(path), *words])
-    assert where == path
-    assert (quant.quant, quant.quant_scheme) == ("pege", "w8a8")
-    assert rest == ["run", "-x", "-0.5", "key=value", "--flag", "a b", "--", "--quant"]
+    found = split_argv([str(path), *words])
+    assert found.script == path
+    assert (found.quant.quant, found.quant.quant_scheme) == ("pege", "w8a8")
+    assert found.argv == ["run", "-x", "-0.5", "key=value", "--flag", "a b", "--", "--quant"]
+    assert found.taken == {"quant", "quant_scheme"}
+
+
+def test_flags_before_the_script_leave_it_all_that_follows(tmp_path):
+    path = tmp_path / "s.py"
+    path.touch()
+    theirs = ["--quant", "8", "--quant_scheme=x", "--quantx", "a=b"]
+    options = ["--quant_option", "theta=channel", "initial=0.5"]
+    found = split_argv(["--quant", "pege", *options, str(path), *theirs])
+    assert (found.quant.quant, found.quant.quant_option) == ("pege", ["theta=channel", "initial=0.5"])
+    assert found.script == path
+    assert found.argv == theirs
+    assert not found.taken
+
+
+def test_flags_that_only_begin_like_ours_are_the_script_s(tmp_path):
+    path = tmp_path / "s.py"
+    path.touch()
+    theirs = ["--quantile", "0.3", "--quantization_bits=4", "--quantize", "--quantity", "2", "--quantum"]
+    found = split_argv([str(path), *theirs[:3], "--quant", "lsq", *theirs[3:]])
+    assert found.argv == theirs
+    assert found.quant == QuantArguments(quant="lsq")
+
+
+SETTINGS = {
+    "quant": "pege",
+    "quant_scheme": "w4a16-g32",
+    "quant_calibration": 7,
+    "quant_distill": 0.5,
+    "quant_option": {"theta": "channel", "initial": 0.5, "lam": {"curve": "linear", "start": 0, "end": 1e-3}},
+    "quant_export": None,
+    "output_dir": "out",
+    "quantile": 0.3,
+}
+
+
+@pytest.mark.parametrize("suffix", [".json", ".yaml", ".yml"])
+def test_settings_in_the_script_s_file(tmp_path, suffix):
+    script, file = tmp_path / "s.py", tmp_path / f"args{suffix}"
+    script.touch()
+    file.write_text(json.dumps(SETTINGS) if suffix == ".json" else yaml.safe_dump(SETTINGS))
+    found = split_argv([str(script), str(file)])
+    assert found.argv == [str(file)]
+    assert found.taken == {k for k in SETTINGS if k.startswith("quant") and SETTINGS[k] is not None} - {"quantile"}
+    assert found.quant.to_config() == QuantConfig.parse(
+        "pege",
+        "w4a16-g32",
+        calibration=7,
+        distill={"weight": 0.5},
+        theta="channel",
+        initial=0.5,
+        lam={"curve": "linear", "start": 0, "end": 1e-3},
+    )
+    over = split_argv([str(script), str(file), "--quant_scheme", "w8a8", "--quant_option", "initial=0.25"])
+    assert over.quant.quant_scheme == "w8a8"
+    assert over.quant.to_config().options["initial"] == 0.25
+    assert split_argv(["--quant", "lsq", str(script), str(file)]).quant == QuantArguments(quant="lsq")
+    beside = split_argv([str(script), str(file), "--more", "--quant", "lsq"])  # the script reads no file then
+    assert beside.quant == QuantArguments(quant="lsq")
+
+
+def test_mistakes_in_the_script_s_file(tmp_path, script, capsys):
+    path, file = script("raise SystemError('the script ran')"), tmp_path / "args.json"
+    for data, message in (
+        (
+            {"quant": "pege", "quant_schem": "w8a8"},
+            r"args\.json: expected .* Did you mean setting 'quant_scheme'",
+        ),
+        ({"quant": "peg"}, "Did you mean method 'pege'"),
+        ({"output_dir": "out"}, "got neither"),
+    ):
+        file.write_text(json.dumps(data))
+        assert main([path, str(file)]) == 2
+        assert re.search(message, capsys.readouterr().err)
+    file.write_text("{")
+    with pytest.raises(SystemError, match="the script ran"):
+        main(["--quant", "pege", path, str(file)])
 
 
 def test_arguments_file_beside_the_command_is_not_read(tmp_path, monkeypatch):
     (tmp_path / "s.py").touch()
     (tmp_path / "s.args").write_text("--quant lsq")
     monkeypatch.setattr(sys, "argv", [str(tmp_path / "s.py")])
-    assert split_argv([str(tmp_path / "s.py"), "--quant", "ste"])[1] == QuantArguments(quant="ste")
+    assert split_argv([str(tmp_path / "s.py"), "--quant", "ste"]).quant == QuantArguments(quant="ste")
 
 
 @pytest.mark.parametrize("words", [["--help"], ["-h"]])
@@ -244,6 +324,7 @@ BAD = {
     "--quant pege --quant_scheme w99": "expected the form",
     "--quant pege --quant_option thet=group": "Did you mean option 'theta'",
     "--quant pege --quant_export .": "expected a directory that does not exist yet",
+    "--quant pege --quant_format onnx": "expected a format that needs no example inputs, got 'onnx'. After training",
     "--quant_scheme w8a8": r"expected --quant METHOD or --quant_config FILE, got neither\. --quant is one of ",
     "": "got neither",
 }
@@ -269,7 +350,9 @@ def test_flag_without_its_value(script, capsys):
 
 def test_no_script(tmp_path, capsys):
     assert main(["--quant", "pege"]) == 2
-    assert "expected a Python script as the first argument, got '--quant'. hf-quant SCRIPT" in capsys.readouterr().err
+    assert "expected a Python script, got none. hf-quant SCRIPT --quant pege" in capsys.readouterr().err
+    assert main(["--quant", "pege", "--out", "x"]) == 2
+    assert "expected a Python script, got '--out'" in capsys.readouterr().err
     assert main([str(tmp_path / "missing.py"), "--quant", "pege"]) == 2
     assert "missing.py" in capsys.readouterr().err
     assert main([]) == 2
@@ -314,6 +397,59 @@ def test_export_without_training_is_said(tmp_path, script, capsys):
     words = ["--quant", "pege", "--quant_scheme", "w4a16-g32", "--out", str(tmp_path), "--quant_export"]
     assert main([path, *words, str(tmp_path / "int4")]) == 2
     assert "expected a call of Trainer.train() before the export" in capsys.readouterr().err
+
+
+OWN_FLAG = """
+import argparse, sys
+from transformers import HfArgumentParser, Trainer, TrainingArguments
+parser = argparse.ArgumentParser()
+parser.add_argument("--quant", type=int, default=8)
+own, rest = parser.parse_known_args()
+print("bits", own.quant, rest)
+"""
+
+QUANTIZES = (
+    COMMON
+    + """
+from hf_integration import QuantTrainer
+from lightning_quant import QuantConfig
+args = TrainingArguments(output_dir=sys.argv[1], max_steps=2, **BASE)
+QuantTrainer(model=causal_lm(), args=args, train_dataset=ROWS, quant=QuantConfig.parse("lsq", "w4a16-g32"))
+"""
+)
+
+
+def test_a_flag_that_the_script_has_too(tmp_path, script, capsys):
+    path = script(OWN_FLAG)
+    assert main([path, "--quant", "pege"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "expected a script that leaves --quant* to hf-quant, got one with --quant of its own. Put ours before" in err
+    assert main(["--quant", "pege", path, "--quant", "4"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "bits 4 []\n"
+    assert "none built" in err
+    assert main(["--quant", "none", path, "--quant", "4"]) == 0
+
+
+def test_a_script_that_quantizes_by_itself(tmp_path, script, capsys):
+    assert main([script(QUANTIZES), str(tmp_path / "run"), "--quant", "pege"]) == 2
+    assert (
+        "expected trainers in float, got QuantTrainer. Run it with python, without hf-quant." in capsys.readouterr().err
+    )
+    assert main([script(QUANTIZES), str(tmp_path / "run"), "--quant", "none"]) == 0
+
+
+def test_an_export_that_cannot_be_is_refused_before_training(tmp_path, script, capsys):
+    path = script(PLAIN)
+    words = ["--quant", "ste", "--quant_scheme", "w4a16-g32-asym", "--out", str(tmp_path / "run"), "--quant_export"]
+    assert main([path, *words, str(tmp_path / "int4")]) == 2
+    out, err = capsys.readouterr()
+    assert (
+        "hf-quant: --quant_export: model.layers.0.self_attn.q_proj (format='compressed-tensors'): expected symm" in err
+    )
+    assert "train_loss" not in out
+    assert main([path, *words, str(tmp_path / "folded"), "--quant_format", "folded"]) == 0
 
 
 # In processes of their own

@@ -30,6 +30,7 @@ from lightning_quant.errors import AttachError, CheckpointError
 from lightning_quant.export import verify
 from lightning_quant.optim import learned_parameters, param_groups
 from lightning_quant.quantizer import FakeQuantizer
+from tests.integration.processes import differing
 from tests.integration.tiny import causal_lm, token_batch, token_rows
 
 PEGE = QuantConfig.parse("pege", "w4a16-g32")
@@ -257,6 +258,24 @@ def test_resuming_goes_on_where_the_run_was_and_says_nothing_alarming(tmp_path, 
     assert trainer.quant.values()["lam"] == whole.quant.values()["lam"] > 0
 
 
+class Begin(TrainerCallback):
+    """Notes the model's state when training begins."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.state = {n: v.clone() for n, v in model.state_dict().items()}
+
+
+def test_resuming_from_the_model_alone(tmp_path):
+    first = make(tmp_path, save_strategy="steps", save_steps=3, max_steps=3, save_only_model=True)
+    first.train()
+    assert not (tmp_path / "run" / "checkpoint-3" / "optimizer.pt").exists()
+    begin = Begin()
+    rest = make(tmp_path, callbacks=[begin])
+    rest.train(resume_from_checkpoint=True)
+    assert rest.state.global_step == 6
+    assert differing(begin.state, dict(first.model.state_dict())) == []
+
+
 def test_best_model_brings_its_quantizers_back(tmp_path):
     class Spoil(TrainerCallback):
         def on_step_begin(self, args, state, control, model=None, **kwargs):
@@ -280,6 +299,74 @@ def test_best_model_brings_its_quantizers_back(tmp_path):
     assert best.endswith(("checkpoint-2", "checkpoint-4"))
     assert torch.equal(logits(trainer.model), logits(load_training_checkpoint(best)))
     assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-6)
+
+
+class Scores(TrainerCallback):
+    """Notes the best checkpoint after every step."""
+
+    def __init__(self) -> None:
+        self.best: dict[int, str | None] = {}
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.best[state.global_step] = state.best_model_checkpoint
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.on_step_begin(args, state, control)
+
+
+def delayed(root: Path, *callbacks: TrainerCallback, **settings: object) -> QuantTrainer:
+    """Quantized from step 4 on, scored every 2 of 8 steps; the first score is the best by far."""
+
+    class Worse(QuantTrainer):
+        def evaluate(self, *args, **kwargs):
+            metrics = super().evaluate(*args, **kwargs)
+            metrics["eval_place"] = float(self.state.global_step)
+            return metrics
+
+    settings = {"max_steps": 8, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", **settings}
+    settings |= {"save_steps": 2, "load_best_model_at_end": True, "metric_for_best_model": "eval_place"}
+    return Worse(
+        model=causal_lm(),
+        args=arguments(root, greater_is_better=False, **settings),
+        data_collator=default_data_collator,
+        train_dataset=dataset(),
+        eval_dataset=dataset(8, seed=1),
+        callbacks=list(callbacks),
+        quant=QuantConfig.parse("pege", "w4a16-g32", delay=4),
+    )
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_best_is_forgotten_once_when_quantization_starts(tmp_path, capsys, accumulate):
+    scores = Scores()
+    trainer = delayed(tmp_path, scores, gradient_accumulation_steps=accumulate)
+    trainer.train()
+    names = {step: None if path is None else Path(path).name for step, path in scores.best.items()}
+    assert names[2] == names[3] == names[4] == "checkpoint-2"
+    assert names[5] is None
+    assert names[6] == names[7] == "checkpoint-6"
+    assert Path(trainer.state.best_model_checkpoint).name == "checkpoint-6"
+    assert trainer.state.best_metric == 6
+    assert (tmp_path / "run" / "checkpoint-2").is_dir()
+    best = load_training_checkpoint(tmp_path / "run" / "checkpoint-6")
+    assert torch.equal(logits(trainer.model), logits(best))
+    said = [line for line in capsys.readouterr().out.splitlines() if "forgotten" in line]
+    assert said == [f"training is quantized from step 4 on; forgotten as best: 2 of {tmp_path}/run/checkpoint-2"]
+
+
+@pytest.mark.parametrize("step", [2, 4, 6])
+def test_best_is_forgotten_once_whenever_the_run_is_resumed(tmp_path, capsys, step):
+    delayed(tmp_path).train()
+    last = tmp_path / "run" / "checkpoint-8"
+    whole = [load_file(last / name) for name in ("model.safetensors", STATE_FILE)]
+    shutil.rmtree(last)
+    capsys.readouterr()
+    trainer = delayed(tmp_path)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{step}"))
+    for before, name in zip(whole, ("model.safetensors", STATE_FILE), strict=True):
+        assert differing(before, load_file(last / name)) == []
+    assert Path(trainer.state.best_model_checkpoint).name == "checkpoint-6"
+    assert capsys.readouterr().out.count("forgotten as best") == (step <= 4)
 
 
 # Training and evaluation
@@ -393,6 +480,47 @@ def test_accumulation_scales_the_progressive_term(tmp_path, accumulate):
     assert (whole[theta] - parts[theta]).norm() < 0.02 * (whole[theta] - without[theta]).norm()
 
 
+def term_alone(root: Path, kind: type[QuantTrainer], accumulate: int, batch_loss: object) -> dict[str, torch.Tensor]:
+    """What an epoch of five batches changes where the task's loss is zero."""
+    settings = {"per_device_train_batch_size": 2, "max_steps": -1, "num_train_epochs": 1, "max_grad_norm": 0.0}
+    settings |= {"optim": "sgd", "learning_rate": 1e-2, "lr_scheduler_type": "constant"}
+    model = causal_lm()
+    before = {n: v.clone() for n, v in model.state_dict().items()}
+    trainer = kind(
+        model=model,
+        args=arguments(root, gradient_accumulation_steps=accumulate, **settings),
+        data_collator=default_data_collator,
+        train_dataset=dataset(10),
+        compute_loss_func=batch_loss,
+        quant=QuantConfig.parse("pege", "w4a16-g32", lam=0.05),
+    )
+    trainer.train()
+    assert trainer.state.global_step == math.ceil(5 / accumulate)
+    return {n: v - before[n] for n, v in model.state_dict().items() if n in before}
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_progressive_term_counts_once_per_step_whatever_normalizes_the_loss(tmp_path, own):
+    """A loss of zero leaves the term alone: its gradient is summed over a window's micro-batches once, not per item."""
+
+    def nothing(outputs, labels, num_items_in_batch=None):
+        assert num_items_in_batch is not None
+        return 0.0 * outputs.logits.sum()
+
+    class Zero(QuantTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return 0.0 * super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    name = "model.layers.0.mlp.up_proj.weight"
+    found = {}
+    for accumulate in (1, 5, 2):
+        trainer_class = QuantTrainer if own else Zero
+        found[accumulate] = term_alone(tmp_path, trainer_class, accumulate, nothing if own else None)[name]
+    assert found[5].norm() > 0
+    for accumulate, steps in ((1, 5), (2, 3)):  # windows of 2, 2 and 1 batches
+        assert (found[accumulate] - steps * found[5]).norm() < 0.02 * found[accumulate].norm()
+
+
 def test_gradient_checkpointing_changes_nothing(tmp_path):
     runs = []
     for recompute in (False, True):
@@ -411,6 +539,21 @@ def test_bf16(tmp_path, scheme):
     trainer.train()
     assert sum(losses(trainer)[-3:]) < sum(losses(trainer)[:3])
     assert {p.dtype for _, q in quantizers(trainer.model) for p in q.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_a_script_saves_by_itself_has_the_float_model_s_keys(tmp_path, tied):
+    trainer = make(tmp_path, model=causal_lm(tied=tied), max_steps=1)
+    trainer.train()
+    trainer.model.save_pretrained(tmp_path / "own")
+    causal_lm(tied=tied).save_pretrained(tmp_path / "plain")
+    assert file_keys(tmp_path / "own") == file_keys(tmp_path / "plain")
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "own", output_loading_info=True)
+    assert not any(info.values()), info
+
+
+def file_keys(directory: Path) -> set[str]:
+    return set(load_file(directory / "model.safetensors"))
 
 
 def test_without_quant_it_is_the_plain_trainer(tmp_path):

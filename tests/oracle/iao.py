@@ -4,7 +4,7 @@ import numpy as np
 
 from tests.oracle import Result, ste
 
-OPTIONS = {"delay": 0.3}
+OPTIONS = {"input_delay": 0.3}
 UNMASKED = True  # the range of weights follows them: none lies beyond it
 KINDS = ("channel", "group", "tensor", "static")
 
