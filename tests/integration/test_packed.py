@@ -118,7 +118,7 @@ def test_nothing_of_the_weight_s_size_is_kept_for_backward():
 
 
 def test_refusals():
-    with pytest.raises(AttachError, match="pack: expected frozen Linear layers, got none. Wrap the model"):
+    with pytest.raises(AttachError, match=r"pack: expected frozen Linear layers, got none\. Wrap the model"):
         pack(nn.Sequential(nn.Linear(4, 4)))
     net = frozen(64, 48, 8)
     with pytest.raises(AttachError, match="group_size=64 does not divide in_features=48"):

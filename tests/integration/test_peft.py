@@ -97,11 +97,11 @@ def test_export_of_the_wrapped_model_is_that_of_the_merged_one(trained, tmp_path
 
     merged = copy.deepcopy(trained.model).merge_and_unload()
     assert torch.equal(logits(merged), logits(trained.model))
+    export(merged, tmp_path / "merged", config=W4)
+    assert same_files(tmp_path / "out", tmp_path / "merged")
     merged.save_pretrained(tmp_path / "float")
     causal_lm().save_pretrained(tmp_path / "base")
     assert file_keys(tmp_path / "float") == file_keys(tmp_path / "base")
-    export(merged, tmp_path / "merged", config=W4)
-    assert same_files(tmp_path / "out", tmp_path / "merged")
 
     run = tmp_path / "run"
     shutil.copytree(Path(trained.args.output_dir) / "final", run)
