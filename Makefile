@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test lint bench-overhead bench-logging clean
+.PHONY: setup demo test lint bench-overhead bench-logging bench-distill clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +29,9 @@ bench-overhead: $(READY)
 
 bench-logging: $(READY)
 	$(BIN)/python examples/benchmarks/logging_cost.py
+
+bench-distill: $(READY)
+	$(BIN)/python examples/benchmarks/distill.py
 
 clean:
 	rm -rf $(VENV) .venv-peers build dist *.egg-info demo

@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_quant import distributed
 from lightning_quant.attach import quant_layers, quantizers
+from lightning_quant.bypass import evaluating
 from lightning_quant.errors import explain
 from lightning_quant.progress import track
 from lightning_quant.quantizer import FakeQuantizer
@@ -45,8 +46,9 @@ def _reduce(group: list[FakeQuantizer], largest: bool) -> None:
 @torch.no_grad()
 def fit_weights(model: nn.Module) -> None:
     """Read static weight ranges off the weights as they are now, as ``attach`` did; sharded ones are gathered."""
-    for _, layer in quant_layers(model):
-        layer.weight_quant.fit_range(distributed.whole(layer.folded()[0]))
+    with torch.no_grad(), evaluating(model):  # without the dropout of adapters
+        for _, layer in quant_layers(model):
+            layer.weight_quant.fit_range(distributed.whole(layer.folded()[0]))
 
 
 def calibrate(model: nn.Module, batches: Iterable[Any]) -> int:

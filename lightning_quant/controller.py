@@ -5,7 +5,7 @@ Everything it does is a function of the optimizer step, so resuming needs the st
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_quant.attach import attach, check_coverage, is_attached, quant_layers, quantizers
+from lightning_quant.bypass import evaluating
 from lightning_quant.calibration import commit_ranges, fit_weights, open_observers
 from lightning_quant.curvature import curvature
 from lightning_quant.distill import Distiller
@@ -232,7 +233,7 @@ class QuantController:
             optimizer: The one about to step; state of weights it does not hold waits for theirs.
         """
         if self._measures and not self._codes:  # of several optimizers in one batch before the first
-            self._codes = {q: self._code(q) for q in self._weights}
+            self._codes = dict(self._codes_of(self._weights))
         stepped = {q: layer for q, layer in self._weights.items() if q.estimator.holds_elements}
         if not stepped or self.step < self.start:
             return
@@ -256,9 +257,8 @@ class QuantController:
                 q.estimator.project(q, None if layer is None else layer.weight)  # type: ignore[arg-type]
             if not q.spec.dynamic and q.ready:
                 q.range.project(q)
-        for q, then in self._codes.items():
-            q.measured["flips"] = flips(then, self._code(q))
-        self._codes = {}
+        for q, now in self._codes_of(list(self._codes)) if self._codes else ():
+            q.measured["flips"] = flips(self._codes.pop(q), now)
         if not self._trained:
             self._trained = True
             check_coverage(self.model, self.config.coverage, "training")
@@ -266,8 +266,11 @@ class QuantController:
             self._distiller.check(self.config.coverage)
 
     @torch.no_grad()
-    def _code(self, q: FakeQuantizer) -> Tensor:
-        return codes(q, self._weights[q].folded()[0])
+    def _codes_of(self, weights: Iterable[FakeQuantizer]) -> Iterator[tuple[FakeQuantizer, Tensor]]:
+        """Codes of these weights one after the other, as evaluation has them: without the dropout of adapters."""
+        with evaluating(self.model):
+            for q in weights:
+                yield q, codes(q, self._weights[q].folded()[0])
 
     def on_eval(self) -> None:
         """Before evaluation: observers closed, nothing measured or taught, training's calls forgotten.

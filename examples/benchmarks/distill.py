@@ -3,8 +3,7 @@
 The demo's small Llama is trained in float, and fine-tuned in float once.  Then each group of runs fine-tunes it at one
 width with the same order of data: alone, with the free teacher (itself with its quantizers bypassed, as
 ``--quant_distill`` has it), and with the fine-tuned float model as its teacher (``--quant_teacher``).  What counts is
-the validation loss of the hard low-bit model.  The runs of a group take turns in which comes first, so that times can
-be compared.
+the validation loss of the hard low-bit model.
 
     python examples/benchmarks/distill.py             # everything: some minutes on two cores
     python examples/benchmarks/distill.py --table     # the table of the last results
@@ -39,12 +38,10 @@ from lightning_quant import QuantConfig  # noqa: E402
 
 SCHEMES = ("w2a16-g32", "w3a16-g32")
 TEACHERS = {
-    "alone": "none",
+    "none": "none",
     "free": "free: the weights in training, not rounded",
     "tuned": "the fine-tuned float model",
 }
-ARMS = tuple(TEACHERS)
-Figures = dict[str, float]
 
 
 class Bench:
@@ -68,8 +65,8 @@ class Bench:
         depth = {"vocab_size": self.vocabulary, "num_hidden_layers": self.args.layers}
         return LlamaForCausalLM(LlamaConfig(**depth, **sizes, **heads))
 
-    def run(self, model: LlamaForCausalLM, steps: int, lr: float, seed: int, **quant: Any) -> Figures:
-        """Train; the validation loss, and seconds per step."""
+    def run(self, model: LlamaForCausalLM, steps: int, lr: float, seed: int, **quant: Any) -> float:
+        """Train; the validation loss."""
         args = TrainingArguments(
             self.folder,
             max_steps=steps,
@@ -94,33 +91,33 @@ class Bench:
             data_collator=default_data_collator,
             **quant,
         )
-        seconds = trainer.train().metrics["train_runtime"] / steps
-        return {"loss": trainer.evaluate()["eval_loss"], "seconds": round(seconds, 4)}
+        trainer.train()
+        return float(trainer.evaluate()["eval_loss"])
 
 
 def measure(bench: Bench) -> dict[str, Any]:
     """Losses by scheme, arm and seed."""
     args = bench.args
     model = bench.model()
-    start = bench.run(model, args.pretrain, 5e-3, 0)["loss"]
+    start = bench.run(model, args.pretrain, 5e-3, 0)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    tuned = bench.run(model, args.steps, 1e-3, 0)["loss"]
+    tuned = bench.run(model, args.steps, 1e-3, 0)
     say(f"float model: {start:.4f}, fine-tuned in float {tuned:.4f}")
 
-    def fine_tuned(scheme: str, arm: str, seed: int) -> Figures:
+    def fine_tuned(scheme: str, arm: str, seed: int) -> float:
         student = bench.model()
         student.load_state_dict(weights)
-        distill = {"weight": args.weight, "temperature": args.temperature} if arm != "alone" else None
+        distill = {"weight": args.weight, "temperature": args.temperature} if arm != "none" else None
         quant = QuantConfig.parse("pege", scheme, distill=distill)
         return bench.run(student, args.steps, 1e-3, seed, quant=quant, teacher=model if arm == "tuned" else None)
 
-    runs: dict[str, dict[str, list[Figures]]] = {}
+    runs: dict[str, dict[str, list[float]]] = {}
     for scheme in SCHEMES:
-        found = runs[scheme] = {arm: [] for arm in ARMS}
+        found = runs[scheme] = {arm: [] for arm in TEACHERS}
         for seed in range(args.seeds):
-            for arm in (*ARMS[seed % 3 :], *ARMS[: seed % 3]):
+            for arm in TEACHERS:
                 found[arm].append(fine_tuned(scheme, arm, seed))
-                say(f"{scheme} {arm} seed {seed}: {found[arm][-1]['loss']:.4f}, {found[arm][-1]['seconds']:.3f} s/step")
+                say(f"{scheme}, teacher {arm}, seed {seed}: {found[arm][-1]:.4f}")
     return {"float": start, "tuned": tuned, "runs": runs}
 
 
@@ -137,20 +134,18 @@ def table(results: dict[str, Any]) -> str:
         f"float) after {s['steps']} steps of PEGE, with distillation of weight {s['weight']:g} and temperature "
         f"{s['temperature']:g}: means of {s['seeds']} seeds on {results['machine']['processor']}.",
         "",
-        "| scheme | teacher | loss | difference | seed by seed | step time |",
-        "|---|---|---|---|---|---|",
+        "| scheme | teacher | loss | difference | seed by seed |",
+        "|---|---|---|---|---|",
     ]
     for scheme, arms in figures["runs"].items():
         for arm, name in TEACHERS.items():
-            losses, base = ([run["loss"] for run in arms[a]] for a in (arm, "alone"))
-            pairs = [a - b for a, b in zip(losses, base, strict=True)]
-            times = [a["seconds"] / b["seconds"] for a, b in zip(arms[arm], arms["alone"], strict=True)]
-            cells = [scheme, name, f"{statistics.mean(losses):.4f}", "", "", f"{statistics.median(times):.2f}"]
-            if arm != "alone":
+            pairs = [a - b for a, b in zip(arms[arm], arms["none"], strict=True)]
+            cells = [scheme, name, f"{statistics.mean(arms[arm]):.4f}", "", ""]
+            if arm != "none":
                 error = f" +- {statistics.stdev(pairs) / math.sqrt(len(pairs)):.4f}" if len(pairs) > 1 else ""
-                cells[3:5] = f"{statistics.mean(pairs):+.4f}{error}", ", ".join(f"{p:+.4f}" for p in pairs)
+                cells[3:] = f"{statistics.mean(pairs):+.4f}{error}", ", ".join(f"{p:+.4f}" for p in pairs)
             lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "+-: standard error of the mean difference; step time: that of the same seed without a teacher = 1."]
+    lines += ["", "+-: the standard error of the mean difference."]
     return "\n".join(lines)
 
 

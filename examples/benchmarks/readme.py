@@ -17,6 +17,7 @@ README = HERE.parents[1] / "README.md"
 sys.path.insert(0, str(HERE.parent))
 
 import architectures  # noqa: E402
+import distill  # noqa: E402
 import logging_cost  # noqa: E402
 import overhead  # noqa: E402
 from demo import table as demo_table  # noqa: E402
@@ -64,6 +65,7 @@ SECTIONS = {
     "architectures": lambda: architectures.table(results("architectures")),
     "overhead": lambda: overhead.table(results("overhead")),
     "logging": lambda: logging_cost.table(results("logging")),
+    "distill": lambda: distill.table(results("distill")),
     "demo": demo_section,
 }
 

@@ -1,6 +1,6 @@
 """A distilled Lightning training that the tests start on one process or on two, and compare.
 
-python distill_run.py --out DIR [--strategy auto|ddp|fsdp2] [--separate]
+python distill_run.py --out DIR [--strategy auto|ddp|fsdp2]
 """
 
 from __future__ import annotations
@@ -13,30 +13,16 @@ import lightning as L  # noqa: N812
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from torch import nn
 
 from lightning_quant import QuantCallback
 from lightning_quant.distributed import whole
 from tests.integration.lightning_run import Net, data, quantizer_state
 
 
-class Teacher(nn.Module):
-    """Another model for the same task."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.net = nn.Sequential(nn.Linear(32, 8), nn.Dropout(0.5))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.net(x)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--strategy", default="auto")
-    parser.add_argument("--separate", action="store_true")
     args = parser.parse_args()
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
@@ -46,13 +32,7 @@ def main() -> None:
         strategy = DDPStrategy(process_group_backend="gloo")
     elif args.strategy == "fsdp2":
         strategy = ModelParallelStrategy(world, 1, process_group_backend="gloo")
-    quant = QuantCallback(
-        "lsq",
-        "w2a16-g32",
-        distill={"weight": 2.0, "temperature": 2.0},
-        teacher=Teacher() if args.separate else None,
-        log_every_n_steps=1,
-    )
+    quant = QuantCallback("lsq", "w2a16-g32", distill={"weight": 2.0, "temperature": 2.0}, log_every_n_steps=1)
     model = Net()
     trainer = L.Trainer(
         max_epochs=1,

@@ -364,7 +364,7 @@ def test_command_line(tmp_path, monkeypatch, given, want):
   - class_path: lightning_quant.QuantCallback
     init_args:
       distill: {given}
-      teacher: {{class_path: tests.integration.distill_run.Teacher}}
+      teacher: {{class_path: torch.nn.Linear, init_args: {{in_features: 4, out_features: 4}}}}
 """,
     )
     (quant,) = (c for c in cli.trainer.callbacks if isinstance(c, QuantCallback))
@@ -396,12 +396,17 @@ def test_compiled_module(tmp_path):
 # Several processes
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    out = tmp_path_factory.mktemp("one")
+    run("distill_run.py", "--out", out)
+    return result(out)
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_processes_are_one(tmp_path, strategy):
-    extra = ("--separate",) if strategy == "ddp" else ()
-    run("distill_run.py", "--out", tmp_path / "two", "--strategy", strategy, *extra, processes=2)
-    run("distill_run.py", "--out", tmp_path / "one", *extra)
-    one, ranks = result(tmp_path / "one"), [result(tmp_path / "two", r) for r in (0, 1)]
-    assert ranks[0]["losses"] == ranks[1]["losses"] == pytest.approx(one["losses"], rel=1e-6)
+def test_two_processes_are_one(tmp_path, alone, strategy):
+    run("distill_run.py", "--out", tmp_path, "--strategy", strategy, processes=2)
+    ranks = [result(tmp_path, r) for r in (0, 1)]
+    assert ranks[0]["losses"] == ranks[1]["losses"] == pytest.approx(alone["losses"], rel=1e-6)
     assert not differing(ranks[0]["state"], ranks[1]["state"])
-    torch.testing.assert_close(ranks[0]["state"], one["state"], rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(ranks[0]["state"], alone["state"], rtol=1e-6, atol=1e-8)
