@@ -395,10 +395,10 @@ def test_compressed_tensors_has_no_place_for_offsets(range_, message):
         model[0].input_quant.set_range(tensor([-1.0]), tensor([1.0]))
         ((path, layer),) = quant_layers(model)
         if message is None:
-            _check_layer(path, layer, [path], None)
+            _check_layer(path, layer, [path], None, trained=True)
         else:
             with pytest.raises(ValueError, match=message):
-                _check_layer(path, layer, [path], None)
+                _check_layer(path, layer, [path], None, trained=True)
 
 
 # --- refusals
