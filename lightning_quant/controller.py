@@ -24,6 +24,7 @@ from lightning_quant.layers import QuantLayer
 from lightning_quant.metrics import codes, flips, learned_scales, readings, summary, to_floats
 from lightning_quant.norms import hold_statistics
 from lightning_quant.optim import freeze_with_weights, split_groups
+from lightning_quant.packed import PackedLinear
 from lightning_quant.parts import refuse_late_adapters, refuse_other_config
 from lightning_quant.quantizer import FakeQuantizer
 from lightning_quant.report import Report
@@ -254,7 +255,8 @@ class QuantController:
         for q in self._quantizers:
             layer = self._weights.get(q)
             if self.step >= self.start and not skipped:
-                q.estimator.project(q, None if layer is None else layer.weight)  # type: ignore[arg-type]
+                packed = layer is None or isinstance(layer, PackedLinear)  # frozen, and dense only while in use
+                q.estimator.project(q, None if packed else layer.weight)  # type: ignore[arg-type,union-attr]
             if not q.spec.dynamic and q.ready:
                 q.range.project(q)
         for q, now in self._codes_of(list(self._codes)) if self._codes else ():

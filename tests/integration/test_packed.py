@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from lightning_quant import QuantConfig, attach
+from lightning_quant import QuantConfig, QuantController, attach
 from lightning_quant.attach import quant_layers
 from lightning_quant.errors import AttachError
 from lightning_quant.export import export, verify
@@ -115,6 +115,24 @@ def test_nothing_of_the_weight_s_size_is_kept_for_backward():
     assert max(kept) == x.numel()
     y.sum().backward()
     assert x.grad.any()
+
+
+def test_between_forwards_nothing_is_made_dense(monkeypatch):
+    model = adapted()
+    pack(model)
+    control = QuantController(QuantConfig.parse("lsq", "w4a16-g32"))
+    control.prepare(model)
+    control.begin(4)
+    made: list[nn.Module] = []
+    dense = PackedLinear.weight.fget
+    monkeypatch.setattr(PackedLinear, "weight", property(lambda self: made.append(self) or dense(self)))
+    control.on_step(0)
+    model.train()(**token_batch()).logits.sum().backward()
+    seen = len(made)
+    assert seen
+    control.before_optimizer_step()
+    control.after_optimizer_step()
+    assert len(made) == seen
 
 
 def test_refusals():
