@@ -120,7 +120,7 @@ SIDES = {
     "training weights": ("training", "model.safetensors", "expected whole weight files"),
     "export weights": ("export", "model.safetensors", "model.safetensors: expected a whole safetensors file"),
     "training model": ("training", "config.json", "expected a config.json of transformers beside the weights"),
-    "export config": ("export", "config.json", "expected whole JSON files"),
+    "export config": ("export", "config.json", "expected a whole JSON file"),
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +10,12 @@ from torch import nn
 from lightning_quant import distributed
 from lightning_quant.attach import is_attached
 from lightning_quant.errors import explain, unknown
-from lightning_quant.export.compressed_tensors import quantization_config, write_compressed_tensors
-from lightning_quant.export.folded import check_folded, write_folded
+from lightning_quant.export.formats import FORMATS, Format
 from lightning_quant.export.integer_only import Comparison, IntegerRun, compare_with_runtime, run_integer_only
-from lightning_quant.export.onnx_qdq import write_onnx
-from lightning_quant.export.verify import LayerCheck, VerifyReport, verify
+from lightning_quant.export.verdict import LayerCheck, VerifyReport
+from lightning_quant.export.verify import verify
 from lightning_quant.export.writer import ExportReport, Sink, as_shipped, new_directory, shipped_model
 from lightning_quant.spec import QuantConfig
-
-FORMATS: dict[str, Callable[..., None]] = {
-    "compressed-tensors": write_compressed_tensors,
-    "folded": write_folded,
-    "onnx": write_onnx,
-}
 
 
 def export(
@@ -71,7 +63,7 @@ def export(
         )
     with new_directory(path) as temporary, as_shipped(model):
         sink = Sink(temporary, max_shard_bytes)
-        FORMATS[format](model, sink, target=target, tokenizer=tokenizer, config=config, inputs=inputs)
+        FORMATS[format].write(model, sink, target=target, tokenizer=tokenizer, config=config, inputs=inputs)
         sink.finish()
     distributed.barrier()
     return ExportReport(path, format, sink.total_bytes, sink.float_bytes, sink.files)
@@ -88,11 +80,7 @@ def check_export(model: nn.Module, format: str | None = None) -> None:
         ValueError: The format cannot express the model.
     """
     model = shipped_model(model)
-    format = _format(model, format)
-    if format == "folded":
-        check_folded(model)
-    elif format == "compressed-tensors":
-        quantization_config(model, trained=False)
+    FORMATS[_format(model, format)].check(model)
 
 
 def _format(model: nn.Module, format: str | None) -> str:
@@ -107,6 +95,7 @@ __all__ = [
     "FORMATS",
     "Comparison",
     "ExportReport",
+    "Format",
     "IntegerRun",
     "LayerCheck",
     "VerifyReport",

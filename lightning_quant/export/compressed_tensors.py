@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from lightning_quant.errors import explain
 from lightning_quant.estimators import overrides
 from lightning_quant.experts import ExpertWeight
 from lightning_quant.export.layout import on_disk, splits, stored_parts
+from lightning_quant.export.stored import StoredTensors, read_json, unequal
 from lightning_quant.export.writer import Sink, float_tensors, write_model_files
 from lightning_quant.layers import QuantLayer, QuantLinear
 from lightning_quant.progress import track
@@ -43,6 +45,60 @@ def write_compressed_tensors(
             for path, codes, scale in stored_parts(model, name, layer):
                 _add_layer(sink, path, layer, codes, scale)
     write_model_files(model, sink, tokenizer, config, quantization)
+
+
+def check_compressed_tensors(model: nn.Module) -> None:
+    """Refuse, before training, what ``write_compressed_tensors`` would refuse after it."""
+    quantization_config(model, trained=False)
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether config.json says so."""
+    config = path / "config.json"
+    return config.is_file() and "quantization_config" in read_json(config)
+
+
+class StoredCompressed(StoredTensors):
+    """Read by transformers."""
+
+    format = "compressed-tensors"
+
+    def layer(self, model: nn.Module, name: str, layer: QuantLayer) -> tuple[int, float]:
+        """See the base class."""
+        found = [self._matrix(layer, *part) for part in stored_parts(model, name, layer)]
+        return sum(codes for codes, _ in found), max(scale for _, scale in found)
+
+    def _matrix(self, layer: QuantLayer, path: str, codes: Tensor, scale: Tensor) -> tuple[int, float]:
+        from compressed_tensors.compressors import pack_to_int32, unpack_from_int32
+
+        if layer_format(layer) == PACKED:
+            bits = int(layer.weight_quant.spec.bits)
+            packed, own = self.tensor(f"{path}.weight_packed"), pack_to_int32(codes.cpu(), bits)
+            differ = unequal(packed, own)
+            if differ and packed.shape == own.shape and packed.dtype == own.dtype:  # words; but say integers
+                differ = max(1, unequal(unpack_from_int32(packed, bits, codes.shape), codes))
+            if self.tensor(f"{path}.weight_shape").tolist() != list(codes.shape):
+                differ = codes.numel()
+        else:
+            differ = unequal(self.tensor(f"{path}.weight"), codes)
+        apart = _apart(self.tensor(f"{path}.weight_scale"), scale.to(layer.weight.dtype))
+        inputs = layer.input_quant
+        if inputs is not None and not inputs.spec.dynamic:
+            own = inputs.range.scale(inputs).detach().to(layer.weight.dtype)
+            apart = max(apart, _apart(self.tensor(f"{path}.input_scale"), own))
+        return differ, apart
+
+    def quantization(self, trained: nn.Module) -> dict[str, Any] | None:
+        """See the base class."""
+        return quantization_config(trained)
+
+
+def _apart(found: Tensor, own: Tensor) -> float:
+    """Largest difference of two scales; infinite where they are not of one shape and dtype, or not numbers."""
+    if found.shape != own.shape or found.dtype != own.dtype:
+        return float("inf")
+    gap = float((found.double() - own.cpu().double()).abs().max())
+    return gap if gap == gap else float("inf")
 
 
 def _disk_name(model: nn.Module, name: str, tensor: Tensor) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -11,7 +12,9 @@ from lightning_quant.distributed import whole
 from lightning_quant.errors import explain
 from lightning_quant.estimators import overrides
 from lightning_quant.export.layout import on_disk
+from lightning_quant.export.stored import StoredTensors
 from lightning_quant.export.writer import Sink, float_tensors, write_model_files
+from lightning_quant.layers import QuantLayer
 from lightning_quant.progress import track
 from lightning_quant.spec import QuantConfig
 
@@ -50,3 +53,19 @@ def check_folded(model: nn.Module) -> None:
             expected, got = "inputs that are only rounded", f"what {name} maps them to before"
             cure = "No format here holds that map: train with float activations (a16) to export the weights."
             raise ValueError(explain(f"{path} (format='folded')", expected, got, cure))
+
+
+def is_folded(path: Path) -> bool:
+    """Whether there are weights."""
+    return any(path.glob("model*.safetensors*"))
+
+
+class StoredFolded(StoredTensors):
+    """Read as the float model is: for ``layer``, weights count as integers."""
+
+    format = "folded"
+    rounds_inputs = False
+
+    def layer(self, model: nn.Module, name: str, layer: QuantLayer) -> tuple[int, float]:
+        """See the base class."""
+        return self.differs(model, name, layer.on_grid()), 0.0

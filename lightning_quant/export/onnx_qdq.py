@@ -24,6 +24,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,6 +70,17 @@ def write_onnx(
     write_model_files(model, sink, tokenizer, config, None)
 
 
+def check_onnx(model: nn.Module) -> None:
+    """Refuse, before training, a quantizer that ``write_onnx`` would refuse after it; nothing is traced."""
+    for path, quantizer in quantizers(model):
+        _check(path, quantizer, trained=False)
+
+
+def is_onnx(path: Path) -> bool:
+    """Whether the file is there."""
+    return (path / MODEL_FILE).is_file()
+
+
 def example_inputs(model: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments to trace a model with, of at least two samples.
 
@@ -109,7 +121,7 @@ def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
 
 
-def _check(path: str, q: FakeQuantizer) -> None:
+def _check(path: str, q: FakeQuantizer, trained: bool = True) -> None:
     """Refuse what DequantizeLinear cannot say, so that what is written computes what was trained."""
 
     def refuse(expected: str, got: object, cure: str) -> ValueError:
@@ -130,7 +142,7 @@ def _check(path: str, q: FakeQuantizer) -> None:
     if not q.is_weight and q.spec.dynamic:
         cure = "Train with -static in the scheme, e.g. w8a8-static."
         raise refuse("activations on a static range", "a range per token, taken anew at every call", cure)
-    if not q.ready:
+    if trained and not q.ready:
         raise refuse("a calibrated range", "none yet", "Train, or call calibrate(model, batches).")
     if q.is_weight and q.granularity.kind == "group" and (len(q.shape) != 2 or q.granularity.axis != 0):
         raise refuse("groups along the rows of a matrix", f"a weight of shape {q.shape}", "Train with -channel.")

@@ -19,7 +19,7 @@ from lightning_quant.attach import quant_layers
 from lightning_quant.errors import CheckpointError, explain
 from lightning_quant.export.onnx_qdq import QUANTIZER, example_inputs, stored_weight, zero_point
 from lightning_quant.export.onnx_runtime import constants, read_model, run_onnxruntime
-from lightning_quant.export.verify import LayerCheck, VerifyReport
+from lightning_quant.export.verdict import LayerCheck, VerifyReport
 from lightning_quant.layers import QuantLayer
 
 FLOAT_ERROR = 1e-5  # of a layer's largest output

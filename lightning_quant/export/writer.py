@@ -227,16 +227,29 @@ def write_model_files(model: nn.Module, sink: Sink, tokenizer: Any, config: Quan
         sink.json(CONFIG_FILE, config.to_dict())
     if not sink.writes:
         return
-    own = getattr(model, "config", None)
-    if own is not None and hasattr(own, "save_pretrained"):
-        data = json.loads(own.to_json_string(use_diff=True))
-        data["architectures"] = [type(model).__name__]
-        data["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
-        if extra is not None:
-            data["quantization_config"] = extra
+    data = config_json(model, extra)
+    if data is not None:
         sink.json("config.json", data)
         generation = getattr(model, "generation_config", None)
         if generation is not None:
             generation.save_pretrained(sink.directory)
     if tokenizer is not None:
         tokenizer.save_pretrained(sink.directory)
+
+
+def config_json(model: nn.Module, quantization: Any) -> dict[str, Any] | None:
+    """What config.json holds of a transformers model; None for others.
+
+    Args:
+        model: The model.
+        quantization: Its ``quantization_config``, or None.
+    """
+    own = getattr(model, "config", None)
+    if own is None or not hasattr(own, "save_pretrained"):
+        return None
+    data: dict[str, Any] = json.loads(own.to_json_string(use_diff=True))
+    data["architectures"] = [type(model).__name__]
+    data["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
+    if quantization is not None:
+        data["quantization_config"] = quantization
+    return data
