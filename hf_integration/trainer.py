@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from accelerate.data_loader import DataLoaderStateMixin
+from accelerate.utils import DummyOptim
 from safetensors import SafetensorError
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from hf_integration.arguments import QuantArguments
+from hf_integration.deepspeed import before_steps, gather_on_save, group_parameters, schedule_groups
 from hf_integration.teacher import load_teacher
 from lightning_quant.adapters import float_paths
 from lightning_quant.attach import is_attached, quantizers, without_quantizers
@@ -21,6 +28,9 @@ from lightning_quant.controller import QuantController
 from lightning_quant.errors import AttachError, CheckpointError, explain
 from lightning_quant.report import Report
 from lightning_quant.spec import QuantConfig
+from lightning_quant.transforms.capture import first_call
+from lightning_quant.transforms.pairs import Inputs
+from lightning_quant.zero import gathered
 
 if TYPE_CHECKING:
     from lightning_quant.export import ExportReport
@@ -29,16 +39,19 @@ if TYPE_CHECKING:
 class _Steps(TrainerCallback):
     """Passes the Trainer's events on to the controller."""
 
-    def __init__(self, controller: QuantController) -> None:
-        self.controller = controller
+    def __init__(self, controller: QuantController, engine: Callable[[], Any]) -> None:
+        self.controller, self.engine = controller, engine
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The run's length is known now, and not earlier."""
         self.controller.begin(state.max_steps if state.max_steps > 0 else None)
+        if self.engine() is not None:
+            before_steps(self.engine(), self.controller.before_optimizer_step)
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Update state no optimizer holds."""
-        self.controller.before_optimizer_step()
+        if self.engine() is None:
+            self.controller.before_optimizer_step()
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ranges, projections, coverage."""
@@ -73,6 +86,7 @@ class QuantTrainerMixin:
     _measured = -1
     _layers_logged = 0
     _curved = -1
+    _has_data = False
 
     def __init__(
         self,
@@ -94,6 +108,8 @@ class QuantTrainerMixin:
         if isinstance(self.model, nn.Module):
             self.attach_quant(self.model)
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        if self.quant is not None and self.is_deepspeed_enabled:
+            gather_on_save(self._zero_settings())
 
     def init_quant(self, quant: QuantConfig | QuantArguments | None, teacher: nn.Module | None = None) -> None:
         """Check the settings; the first thing that happens."""
@@ -108,7 +124,9 @@ class QuantTrainerMixin:
         """Attach to the model this Trainer will train; what it saves by itself keeps the float model's keys."""
         if self.quant is None:
             return
-        self.quant.prepare(model)
+        if self.quant.config.setup and not self._has_data:  # Trainer.__init__ has not yet taken the training data
+            return
+        self.quant.prepare(model, batches=self._setup_inputs)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         if isinstance(base, PreTrainedModel):
             names = float_paths(base)
@@ -119,12 +137,36 @@ class QuantTrainerMixin:
         """After the base class's ``__init__``: listen to its events."""
         if self.quant is None:
             return
+        self._has_data = True
         if not is_attached(self.model):
             self.attach_quant(self.model)
         self._check_export()
-        self.add_callback(_Steps(self.quant))
+        self.add_callback(_Steps(self.quant, lambda: self.deepspeed))
         if self.quant.report is not None and self.is_world_process_zero():
             print(self.quant.report, flush=True)
+
+    def _setup_inputs(self) -> list[Inputs]:
+        """What the first training steps would call the model with; training's own random numbers are not used up."""
+        config, found = self.quant.config, []  # type: ignore[union-attr]
+        if self.train_dataset is None:
+            cure = "Pass train_dataset, or run the transforms by hand and leave setup out."
+            raise AttachError(explain("QuantConfig.setup", "training data to look at", "no train_dataset", cure))
+        prepared = len(self.accelerator._dataloaders)
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            loader = self.get_train_dataloader()
+            for batch in loader:
+                step = partial(self._loss_of, batch)
+                found.append(first_call(self.model, step, f"{type(self).__name__}.compute_loss"))
+                if len(found) == config.setup_batches:
+                    break
+        if isinstance(loader, DataLoaderStateMixin):
+            loader.end()
+        del self.accelerator._dataloaders[prepared:]
+        return found
+
+    def _loss_of(self, batch: Any) -> Any:
+        return self.compute_loss(self.model, self._prepare_inputs(batch))
 
     def _check_export(self) -> None:
         """What cannot be exported when training ends is refused before it starts."""
@@ -151,10 +193,21 @@ class QuantTrainerMixin:
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Quantizer parameters go into groups of their own."""
         optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
-        if self.quant is not None:
-            schedulers = [] if self.lr_scheduler is None else [self.lr_scheduler]
+        if self.quant is None:
+            return optimizer
+        if isinstance(self.optimizer, DummyOptim):
+            group_parameters(self.optimizer, self._zero_settings(), self.model, self.quant.config)
+        else:
+            schedulers = [self.lr_scheduler] if isinstance(self.lr_scheduler, LRScheduler) else []
             self.quant.split_groups([self.optimizer], schedulers)
+        if self.is_deepspeed_enabled:
+            dummy = isinstance(self.optimizer, DummyOptim)
+            schedule_groups(self._zero_settings(), self.optimizer.params if dummy else self.optimizer.param_groups)
         return optimizer
+
+    def _zero_settings(self) -> dict[str, Any]:
+        settings: dict[str, Any] = self.accelerator.state.deepspeed_plugin.deepspeed_config
+        return settings
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Fill schedules, then train."""
@@ -208,6 +261,8 @@ class QuantTrainerMixin:
         """
         scaler = getattr(self.accelerator, "scaler", None)
         scale = float(scaler.get_scale()) if scaler is not None else 1.0
+        if self.deepspeed is not None:
+            scale = float(getattr(self.deepspeed.optimizer, "cur_scale", 1.0))
         return scale / self.current_gradient_accumulation_steps
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -244,6 +299,9 @@ class QuantTrainerMixin:
             return
         model = self._quant_model(None)
         weights, mine = without_quantizers(model.state_dict() if state_dict is None else state_dict, model)
+        if self.is_deepspeed_enabled:  # what comes gathered lacks frozen parameters
+            with gathered(p for _, q in quantizers(model) for p in q.parameters()):
+                mine = {k: v.clone() for k, v in without_quantizers(model.state_dict(), model)[1].items()}
         with self._float_keys():
             super()._save(output_dir, weights)  # type: ignore[misc]
         if self.args.should_save:
@@ -251,9 +309,7 @@ class QuantTrainerMixin:
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Weights, then quantizer state; the config must be the one the run was started with."""
-        if self.quant is not None:
-            saved = load_quant_config(resume_from_checkpoint)
-            self.quant.load_state_dict({**self.quant.state_dict(), "config": saved.to_dict()})
+        self._check_config(resume_from_checkpoint)
         try:
             with self._float_keys(model):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
@@ -264,11 +320,22 @@ class QuantTrainerMixin:
         if self.quant is not None:
             load_quant_state(self._quant_model(model), resume_from_checkpoint)
 
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """DeepSpeed restores weights and quantizers by itself, from a checkpoint that must be this run's."""
+        if self.is_deepspeed_enabled and kwargs.get("resume_from_checkpoint") is not None:
+            self._check_config(kwargs["resume_from_checkpoint"])
+        return super()._inner_training_loop(*args, **kwargs)  # type: ignore[misc]
+
+    def _check_config(self, checkpoint: str) -> None:
+        if self.quant is not None:
+            saved = load_quant_config(checkpoint)
+            self.quant.load_state_dict({**self.quant.state_dict(), "config": saved.to_dict()})
+
     def _load_best_model(self) -> None:
         """Weights of the best checkpoint, then its quantizer state."""
         with self._float_keys():
             super()._load_best_model()  # type: ignore[misc]
-        if self.quant is not None:
+        if self.quant is not None and not self.is_deepspeed_enabled:
             load_quant_state(self._quant_model(None), self.state.best_model_checkpoint)
 
     def _float_keys(self, model: nn.Module | None = None) -> AbstractContextManager[None]:

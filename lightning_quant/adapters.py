@@ -10,12 +10,17 @@ from torch import nn
 
 from lightning_quant.errors import explain
 
-LORA = {("peft.tuners.lora.layer", "Linear"), ("lightning_quant.lora", "QuantLoraLinear")}
+LORA = {
+    ("peft.tuners.lora.layer", "Linear"),
+    ("peft.tuners.lora.bnb", "Linear4bit"),
+    ("peft.tuners.lora.bnb", "Linear8bitLt"),
+    ("lightning_quant.lora", "QuantLoraLinear"),
+}
 PREFIX = "base_model.model."
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Layers of PEFT's LoRA for a Linear or a Conv1D, exact class, with their paths."""
+    """Layers of PEFT's LoRA for a Linear, a Conv1D or one of bitsandbytes, exact class, with their paths."""
     for path, module in model.named_modules():
         if (type(module).__module__, type(module).__name__) in LORA:
             yield path, module
@@ -119,16 +124,11 @@ def acting_beside(model: nn.Module, quantized: set[int]) -> Iterator[tuple[str, 
                 yield path, adapter
 
 
-@contextmanager
-def merged_beside(model: nn.Module, quantized: set[int]) -> Iterator[None]:
-    """While open, adapters of layers without quantizers are merged, by PEFT's own rule; then all is as it was.
-
-    Args:
-        model: The model.
-        quantized: Identities of the layers that round the merged weight by themselves.
+def check_merges(model: nn.Module, quantized: set[int]) -> dict[str, Any]:
+    """The adapters that ``merged_beside`` merges, with their paths.
 
     Raises:
-        ValueError: An adapter that does not merge, or a tied weight, whose other use would change with it.
+        ValueError: See there.
     """
     acting = dict(acting_beside(model, quantized))
     owners: dict[int, list[str]] = {}
@@ -143,6 +143,21 @@ def merged_beside(model: nn.Module, quantized: set[int]) -> Iterator[None]:
         if len(shared) > 1:
             got, cure = f"one shared by {', '.join(shared)}", "Leave it out of target_modules, or untie the weights."
             raise ValueError(explain(path, "a weight of its own to merge an adapter into", got, cure))
+    return acting
+
+
+@contextmanager
+def merged_beside(model: nn.Module, quantized: set[int]) -> Iterator[None]:
+    """While open, adapters of layers without quantizers are merged, by PEFT's own rule; then all is as it was.
+
+    Args:
+        model: The model.
+        quantized: Identities of the layers that round the merged weight by themselves.
+
+    Raises:
+        ValueError: An adapter that does not merge, or a tied weight, whose other use would change with it.
+    """
+    acting = check_merges(model, quantized)
     kept = [
         (tensor, tensor.detach().clone()) for module in acting.values() for tensor in module.base_layer.parameters()
     ]

@@ -5,35 +5,40 @@ Parameters keep their identity and their names; a float checkpoint keeps its key
 
 from __future__ import annotations
 
+import math
 import warnings
 import zlib
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_quant import zero
 from lightning_quant.adapters import lora_layers
 from lightning_quant.errors import AttachError, CoverageError, explain
 from lightning_quant.estimators import ESTIMATORS, Estimator, build_estimator
 from lightning_quant.experts import ExpertWeight, QuantExperts
 from lightning_quant.fast_path import close_fast_paths, open_fast_paths
 from lightning_quant.granularity import Granularity
-from lightning_quant.layers import QuantLayer, float_class
+from lightning_quant.kv_cache import attach_kv_cache, detach_kv_cache
+from lightning_quant.layers import QuantLayer, float_class, float_dtype, is_compact
 from lightning_quant.norms import FOLDED, FoldedBatchNorm
 from lightning_quant.operators import attach_operators, detach_operators
+from lightning_quant.packed import CompactLinear
 from lightning_quant.plan import LayerPlan, make_plan
 from lightning_quant.progress import track
 from lightning_quant.quantizer import FakeQuantizer
 from lightning_quant.report import Report
 from lightning_quant.resolve import resolve_activation
-from lightning_quant.spec import QuantConfig, TensorSpec
+from lightning_quant.spec import KV_CACHES, QuantConfig, TensorSpec
 
 EVERYWHERE = "a weight that is quantized wherever it is read"
 ALIKE = "Quantize both alike (embeddings=True and head=True with w8) or neither, or untie them."
 
 
-def attach(model: nn.Module, config: QuantConfig) -> Report:
+def attach(model: nn.Module, config: QuantConfig, fit: bool = True) -> Report:
     """Turn the model's supported layers into quantized ones, in place.
 
     Everything is checked before anything is changed.  Weight ranges are read off the weights as they are
@@ -42,6 +47,8 @@ def attach(model: nn.Module, config: QuantConfig) -> Report:
     Args:
         model: Any module; not yet wrapped, dispatched or compiled.
         config: What to quantize and how.
+        fit: Read weight ranges off the weights.  False where the quantizers' state is loaded next: weights may then
+            be on the meta device, and quantizers are not, but for those with state as large as the weight.
 
     Returns:
         What was attached, what was left out and why, with shares of the weights.
@@ -56,10 +63,10 @@ def attach(model: nn.Module, config: QuantConfig) -> Report:
         raise AttachError(
             explain(type(model).__name__, "a float model", "one with quantizers", "Call detach(model) first.")
         )
-    plan = make_plan(model, config, estimator)
+    plan = make_plan(model, config, estimator, fit)
     weights, inputs = estimator.role(True), estimator.role(False)
     weights = weights.fit({p.path: p.rows for p in plan.layers}, {p.path: p.scales for p in plan.layers})
-    quantizers = [_quantizers(p, config, weights, inputs) for p in plan.layers]
+    quantizers = [layer_quantizers(p, config, weights, inputs) for p in plan.layers]
     for layer, (weight, activation) in track(list(zip(plan.layers, quantizers, strict=True)), "fitting weight ranges"):
         module: QuantLayer = layer.module  # type: ignore[assignment]
         module.__class__ = layer.kind
@@ -68,27 +75,33 @@ def attach(model: nn.Module, config: QuantConfig) -> Report:
             norm.__class__ = FOLDED[type(norm)]
             norm.follows = config.batch_norm == "two_pass"  # type: ignore[assignment]
             module.folds = (norm,)  # type: ignore[assignment]
-        with torch.no_grad():
-            weight.fit_range(module.folded()[0])
         module.add_module("weight_quant", weight)
+        if fit:
+            with torch.no_grad(), zero.gathered(module.sources()):
+                weight.fit_range(module.folded()[0])
         module.add_module("input_quant", activation)
         module.train(module.training)
         if isinstance(module, ExpertWeight):
             module.join()
     _join_adapters(model)
     attach_operators(model, plan.operators, partial(_operand, config))
+    attach_kv_cache(model, plan.attention, partial(_cached, model, config))
     close_fast_paths(model)
     return plan.report
 
 
-def _quantizers(
+def layer_quantizers(
     plan: LayerPlan, config: QuantConfig, weights: Estimator, inputs: Estimator
 ) -> tuple[FakeQuantizer, FakeQuantizer | None]:
-    weight: Tensor = plan.module.weight  # type: ignore[assignment]
-    build = partial(FakeQuantizer, target=config.target, dtype=weight.dtype, device=weight.device)
+    """The quantizers of a layer's weight and of its inputs, if those are quantized; not in any model yet."""
+    device = torch.device("cpu") if plan.device.type == "meta" else plan.device
+    build = partial(FakeQuantizer, target=config.target, dtype=plan.dtype, device=device)
     salt = zlib.crc32(plan.path.encode()) ^ config.seed
     where = f"{plan.path}.weight"
-    own = build(plan.weight, plan.granularity, weights, shape=tuple(weight.shape), salt=salt, where=where)
+    of_weight = partial(build, plan.weight, plan.granularity, weights, shape=plan.shape, salt=salt, where=where)
+    own = of_weight(device=plan.device)
+    if own.device != device and all(t.numel() < math.prod(plan.shape) for t in own.state_dict().values()):
+        own = of_weight()
     if plan.activation is None:
         return own, None
     of_inputs = build(
@@ -110,9 +123,8 @@ def _join_adapters(model: nn.Module) -> None:
     for _, lora in lora_layers(model):
         base = lora.base_layer
         if isinstance(base, QuantLayer):
-            from lightning_quant.lora import LoraFold, QuantLoraLinear
+            from lightning_quant.lora import LoraFold
 
-            lora.__class__ = QuantLoraLinear
             base.folds = (LoraFold(lora),)  # type: ignore[arg-type]
 
 
@@ -121,6 +133,15 @@ def _operand(config: QuantConfig, where: str) -> FakeQuantizer:
     rule = ESTIMATORS["ste"]()
     spec = TensorSpec(config.operators or 8, granularity="tensor", dynamic=False)
     return FakeQuantizer(resolve_activation(spec, True, rule, where), Granularity("tensor", None), rule, where=where)
+
+
+def _cached(model: nn.Module, config: QuantConfig, where: str) -> FakeQuantizer:
+    """The quantizer of keys or values, as ``_operand``, around 0."""
+    rule = ESTIMATORS["ste"]()
+    spec = TensorSpec(**KV_CACHES[str(config.kv_cache)], symmetric=True, granularity="tensor", dynamic=False)  # type: ignore[arg-type]
+    resolved, like = resolve_activation(spec, False, rule, where), next(model.parameters())
+    kind = {"target": config.target, "dtype": float_dtype(model), "device": "cpu" if like.is_meta else like.device}
+    return FakeQuantizer(resolved, Granularity("tensor", None), rule, where=where, **kind)  # type: ignore[arg-type]
 
 
 def detach(model: nn.Module, fold: bool = True) -> nn.Module:
@@ -146,6 +167,9 @@ def detach(model: nn.Module, fold: bool = True) -> nn.Module:
     for _, layer in list(quant_layers(model)):
         if fold:
             with torch.no_grad():
+                if isinstance(layer, CompactLinear):
+                    layer.unpack(layer.on_grid())
+                    continue
                 for tensor, value in [(layer.weight, layer.on_grid()), *deployed_norm(layer)]:
                     tensor.copy_(value)
         for folded in layer.folds:
@@ -159,8 +183,20 @@ def detach(model: nn.Module, fold: bool = True) -> nn.Module:
         if "input_quant" in layer._modules:
             del layer.input_quant
     detach_operators(model)
+    detach_kv_cache(model)
     open_fast_paths(model)
+    if fold:
+        _forget_storage(model)
     return model
+
+
+def _forget_storage(model: nn.Module) -> None:
+    """Let ``save_pretrained`` write a plain checkpoint where nothing is bitsandbytes' any more."""
+    for module in model.modules():
+        loader: Any = module.__dict__.get("hf_quantizer")
+        method = getattr(getattr(loader, "quantization_config", None), "quant_method", None)
+        if method == "bitsandbytes" and not any(is_compact(m) for m in module.modules()):
+            loader.remove_quantization_config(module)
 
 
 def read_in_float(model: nn.Module) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_quant import distributed
+from lightning_quant import distributed, zero
 from lightning_quant.attach import quant_layers, quantizers
 from lightning_quant.bypass import evaluating
 from lightning_quant.errors import explain
@@ -29,8 +29,9 @@ def commit_ranges(model: nn.Module) -> None:
     if distributed.active():
         for largest in (True, False):
             _reduce([q for q in open_ones if math.isinf(q.observer.pool) == largest], largest)
-    for q in open_ones:
-        q.commit()
+    with zero.written(p for q in open_ones for p in q.parameters()):
+        for q in open_ones:
+            q.commit()
 
 
 def _reduce(group: list[FakeQuantizer], largest: bool) -> None:
@@ -44,11 +45,19 @@ def _reduce(group: list[FakeQuantizer], largest: bool) -> None:
 
 
 @torch.no_grad()
-def fit_weights(model: nn.Module) -> None:
-    """Read static weight ranges off the weights as they are now, as ``attach`` did; sharded ones are gathered."""
+def fit_weights(model: nn.Module, missing: bool = False) -> None:
+    """Read static weight ranges off the weights as they are now, as ``attach`` does; sharded ones are gathered.
+
+    Args:
+        model: A model with quantizers.
+        missing: Only those that have none yet, after ``attach(..., fit=False)``.
+    """
     with torch.no_grad(), evaluating(model):  # without the dropout of adapters
         for _, layer in quant_layers(model):
-            layer.weight_quant.fit_range(distributed.whole(layer.folded()[0]))
+            if missing and layer.weight_quant.ready:
+                continue
+            with zero.gathered(layer.sources()), zero.written(layer.weight_quant.parameters()):
+                layer.weight_quant.fit_range(distributed.whole(layer.folded()[0]))
 
 
 def calibrate(model: nn.Module, batches: Iterable[Any]) -> int:

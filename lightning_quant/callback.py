@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from typing_extensions import override
@@ -24,6 +26,7 @@ from lightning_quant.lightning_support import (
     refuse_float_checkpoints,
     refuse_float_copies,
     run_length,
+    training_inputs,
 )
 from lightning_quant.parts import find_part, has_layers, refuse_changes, refuse_shared
 from lightning_quant.report import Report
@@ -72,6 +75,10 @@ class QuantCallback(Callback):
             ``training_step`` logs stays the loss of the task; the term is logged as ``quant/distill``.
         teacher: Learn from this model instead, called as the student is: better than the module's own weights where
             all of them are trained.
+        setup: What is done to the float model before quantizers are attached: names of ``transforms.TRANSFORMS``, or
+            mappings of a name and its options, e.g. ``["smoothquant", {"name": "equalize", "relu6": True}]``.  They
+            look at the first ``QuantConfig.setup_batches`` batches that ``training_step`` gets.  A checkpoint's
+            weights went through them already and are loaded over the result; other stages than fit run none.
 
     Raises:
         ValueError: A bad setting, before any work.
@@ -93,8 +100,10 @@ class QuantCallback(Callback):
         log_layers_every_n_steps: int = 0,
         distill: float | dict[str, Any] | None = None,
         teacher: nn.Module | None = None,
+        setup: list[str | dict[str, Any]] | None = None,
     ) -> None:
         fields: dict[str, Any] = {"calibration": calibration, "delay": delay, "strict": strict, "distill": distill}
+        fields["setup"] = setup
         config = build_config(method, scheme, config, rules, schedule, options, **fields)
         self.controller = QuantController(config, teacher)
         self.log_every_n_steps, self.log_layers_every_n_steps = log_every_n_steps, log_layers_every_n_steps
@@ -131,7 +140,9 @@ class QuantCallback(Callback):
             pl_module.configure_model()
         refuse_shared({path: find_part(pl_module, path) for path in paths})
         part, known = find_part(pl_module, self.module), self.report
-        if self.controller.prepare(part, pl_module) is not known:
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        batches = partial(training_inputs, trainer, pl_module, part, self.config) if fitting else None
+        if self.controller.prepare(part, pl_module, batches, loaded=not fitting) is not known:
             rank_zero_info(f"{self.state_key}: {self.report}")
         self._layers = sum(1 for _ in quant_layers(part))
         self._end_guard()

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_quant.attach import attach, is_attached, without_quantizers
+from lightning_quant.distributed import like
 from lightning_quant.errors import CheckpointError, explain
 from lightning_quant.quantizer import FakeQuantizer
 from lightning_quant.spec import QuantConfig
@@ -88,6 +89,8 @@ def load_quant_config(directory: str | Path) -> QuantConfig:
 def load_quant_state(model: nn.Module, directory: str | Path) -> None:
     """Load the quantizers' state of a training directory into a model with quantizers.
 
+    What the model has on the meta device stays there.
+
     Raises:
         CheckpointError: The side file is missing, damaged, or of another model.
     """
@@ -101,25 +104,26 @@ def load_quant_state(model: nn.Module, directory: str | Path) -> None:
                 "Without it ranges would start over; take a checkpoint written by a quantized Trainer.",
             )
         )
+    _, mine = without_quantizers(model.state_dict(), model)
     try:
         with safe_open(path, framework="pt") as file:
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            found = set(file.keys())
+            state = {k: file.get_tensor(k) for k in sorted(found) if k in mine and not mine[k].is_meta}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             explain(str(path), "a whole safetensors file", str(error), "Take an earlier checkpoint.")
         ) from error
-    _, mine = without_quantizers(model.state_dict(), model)
-    if set(mine) != set(state):
-        odd = sorted(set(mine) ^ set(state))
+    if set(mine) != found:
+        odd = sorted(set(mine) ^ found)
         raise CheckpointError(
             explain(
                 str(path),
                 f"state of the {len(mine)} tensors of this model's quantizers",
-                f"{len(state)}; first that differs: {odd[0]}",
+                f"{len(found)}; first that differs: {odd[0]}",
                 "Attach with the directory's quant_config.json.",
             )
         )
-    model.load_state_dict(state, strict=False)
+    model.load_state_dict({key: like(value, mine[key]) for key, value in state.items()}, strict=False)
 
 
 def load_training_checkpoint(directory: str | Path, model: nn.Module | None = None, **kwargs: Any) -> nn.Module:
@@ -140,7 +144,7 @@ def load_training_checkpoint(directory: str | Path, model: nn.Module | None = No
     """
     config = load_quant_config(directory)
     if (Path(directory) / ADAPTER_FILE).is_file():
-        model = _with_adapters(directory, model, **kwargs)
+        model = with_adapters(directory, model, **kwargs)
     elif model is None:
         model = _from_pretrained(directory, **kwargs)
     if not is_attached(model):
@@ -149,33 +153,80 @@ def load_training_checkpoint(directory: str | Path, model: nn.Module | None = No
     return model.eval()
 
 
-def _with_adapters(directory: str | Path, model: nn.Module | None, **kwargs: Any) -> nn.Module:
-    """The base model, with the directory's adapters unless it is wrapped already."""
-    from peft import PeftModel
+def adapters_base(directory: str | Path) -> str:
+    """The name of the base model of a directory with adapters.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    file = Path(directory) / ADAPTER_FILE
+    try:
+        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except json.JSONDecodeError as error:
+        raise CheckpointError(explain(str(file), "JSON", str(error), "Take an earlier checkpoint.")) from error
+    if not base:
+        cure = "Pass it: load_training_checkpoint(directory, model), verify(path, load_training_checkpoint(...))."
+        raise CheckpointError(explain(str(file), "the name of the base model", repr(base), cure))
+    return str(base)
+
+
+def with_adapters(directory: str | Path, model: nn.Module | None, **kwargs: Any) -> nn.Module:
+    """The base model, with the directory's adapters unless it is wrapped already.
+
+    Args:
+        directory: Holds the adapters.
+        model: The base; None: the one that they name.  Its weights may be on the meta device, adapters are not.
+        kwargs: For ``from_pretrained`` of the base.
+
+    Raises:
+        CheckpointError: Something is missing or damaged.
+    """
+    from peft import PeftModel, set_peft_model_state_dict
+    from peft.tuners.tuners_utils import cast_adapter_dtype
+    from peft.utils.save_and_load import load_peft_weights
 
     if isinstance(model, PeftModel):
         return model
-    file = Path(directory) / ADAPTER_FILE
     if model is None:
-        try:
-            base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-        except json.JSONDecodeError as error:
-            raise CheckpointError(explain(str(file), "JSON", str(error), "Take an earlier checkpoint.")) from error
-        if not base:
-            cure = "Pass it: load_training_checkpoint(directory, model), verify(path, load_training_checkpoint(...))."
-            raise CheckpointError(explain(str(file), "the name of the base model", repr(base), cure))
-        model = _from_pretrained(base, **kwargs)
+        model = _from_pretrained(adapters_base(directory), **kwargs)
+    lazy = any(p.is_meta for p in model.parameters())
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "Found missing adapter keys", UserWarning)
-            wrapped: nn.Module = PeftModel.from_pretrained(model, directory)  # type: ignore[arg-type]
+            wrapped: Any = PeftModel.from_pretrained(model, directory, low_cpu_mem_usage=lazy)  # type: ignore[arg-type]
+            if lazy:  # PEFT has moved them to where the base is
+                name = wrapped.active_adapter
+                state = load_peft_weights(str(directory), "cpu")
+                with _left_in_place(wrapped):
+                    set_peft_model_state_dict(wrapped, state, name, low_cpu_mem_usage=True)
+                cast_adapter_dtype(wrapped.base_model, name, autocast_adapter_dtype=True)
     except (SafetensorError, OSError, ValueError, RuntimeError, UserWarning) as error:
         got, cure = " ".join(str(error).split())[:300], "Give the base model they were trained beside."
         raise CheckpointError(explain(str(directory), "adapters of this model", got, cure)) from error
-    return wrapped
+    found: nn.Module = wrapped
+    return found
 
 
-def _from_pretrained(directory: str | Path, **kwargs: Any) -> nn.Module:
+@contextmanager
+def _left_in_place(model: nn.Module) -> Iterator[None]:
+    """While open, PEFT loads adapters without moving them to where their base layers are."""
+    move = "_move_adapter_to_device_of_base_layer"
+    layers: list[Any] = [m for m in model.modules() if hasattr(m, move)]
+    try:
+        for layer in layers:
+            layer.__dict__[move] = lambda *args, **kwargs: None
+        yield
+    finally:
+        for layer in layers:
+            del layer.__dict__[move]
+
+
+def transformers_class(directory: str | Path) -> tuple[Any, Any]:
+    """The class of transformers that a directory's config.json names, and that config.
+
+    Raises:
+        CheckpointError: There is none.
+    """
     import transformers
 
     try:
@@ -200,11 +251,19 @@ def _from_pretrained(directory: str | Path, **kwargs: Any) -> nn.Module:
                 "Pass the model yourself.",
             )
         )
+    return kind, config
+
+
+def damaged_weights(directory: str | Path, error: object) -> CheckpointError:
+    """What to raise where a directory's weights cannot be read."""
+    return CheckpointError(explain(str(directory), "whole weight files", str(error), "Take an earlier checkpoint."))
+
+
+def _from_pretrained(directory: str | Path, **kwargs: Any) -> nn.Module:
+    kind, _ = transformers_class(directory)
     with torch.no_grad():
         try:
             model: nn.Module = kind.from_pretrained(directory, **kwargs)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                explain(str(directory), "whole weight files", str(error), "Take an earlier checkpoint.")
-            ) from error
+            raise damaged_weights(directory, error) from error
     return model

@@ -6,8 +6,10 @@ import argparse
 import json
 import os
 import sys
+from typing import Any
 
-from lightning_quant.errors import CheckpointError
+from lightning_quant.errors import CheckpointError, explain
+from lightning_quant.rounding.command import add_arguments as ptq_arguments
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,14 +21,32 @@ def main(argv: list[str] | None = None) -> int:
     check.add_argument("export", help="directory that export() wrote")
     check.add_argument("--against", required=True, help="training directory (checkpoint-* or output directory)")
     check.add_argument("--tolerance", type=float, help="largest logit difference that counts as equal (default: 0)")
+    check.add_argument(
+        "--no-logits", action="store_true", help="compare what is stored only, one tensor in memory at a time"
+    )
     check.add_argument("--json", action="store_true", help="print the report as JSON")
     check.set_defaults(run=_verify)
 
     write = commands.add_parser("export", help="write a training directory as a low-bit checkpoint")
     write.add_argument("training", help="training directory (checkpoint-* or output directory)")
     write.add_argument("out", help="directory that does not exist yet")
-    write.add_argument("--format", default=None, help="compressed-tensors (default) or folded")
+    write.add_argument(
+        "--format", default=None, help="compressed-tensors, gguf, gptq, onnx, torchao or folded (default: the target's)"
+    )
+    write.add_argument("--target", default=None, help="runtime it is for (default: the one training followed)")
+    write.add_argument("--max-shard-bytes", type=int, default=2**30, help="largest file of weights (default: 1 GiB)")
+    write.add_argument("--resume", action="store_true", help="go on from the shards that an interrupted run finished")
+    write.add_argument("--overwrite", action="store_true", help="replace an export once the new one is complete")
     write.set_defaults(run=_export)
+
+    quick = commands.add_parser("ptq", help="round a float model without training, and export it")
+    ptq_arguments(quick)
+
+    speak = commands.add_parser("generate", help="continue a prompt with an export, on the low-bit kernels")
+    speak.add_argument("export", help="directory in the compressed-tensors format, with a tokenizer")
+    speak.add_argument("--prompt", required=True)
+    speak.add_argument("--max-new-tokens", type=int, default=64)
+    speak.set_defaults(run=_generate)
 
     table = commands.add_parser("methods", help="list methods, observers, ranges and grids, or explain a method")
     table.add_argument("name", nargs="?", help="print this method's formula and defaults and plot its gradient")
@@ -41,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (CheckpointError, ValueError, FileExistsError, ImportError) as error:
+    except (CheckpointError, ValueError, OSError, ImportError) as error:
         print(f"lightning-quant {arguments.command}: {error}", file=sys.stderr)
         return 2
     return status
@@ -50,26 +70,49 @@ def main(argv: list[str] | None = None) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     from lightning_quant.export import verify
 
-    report = verify(arguments.export, arguments.against, tolerance=arguments.tolerance)
+    report = verify(arguments.export, arguments.against, tolerance=arguments.tolerance, logits=not arguments.no_logits)
     print(json.dumps(report.to_dict(), indent=2) if arguments.json else report)
     return 0 if report.ok else 1
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from lightning_quant.checkpoint import load_quant_config, load_training_checkpoint
     from lightning_quant.export import export
 
-    tokenizer = None
-    model = load_training_checkpoint(arguments.training)
-    if hasattr(model, "config"):
+    keywords = {
+        name: getattr(arguments, name) for name in ("format", "target", "max_shard_bytes", "resume", "overwrite")
+    }
+    print(export(arguments.training, arguments.out, tokenizer=_tokenizer(arguments.training), **keywords))
+    return 0
+
+
+def _tokenizer(directory: str) -> Any:
+    """The tokenizer beside the weights; None without one, and where there is nothing to load it with."""
+    if not os.path.isdir(directory):
+        return None
+    try:
         from transformers import AutoTokenizer
 
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(arguments.training)
-        except (OSError, ValueError):
-            print(f"{arguments.training}: no tokenizer there, none written", file=sys.stderr)
-    config = load_quant_config(arguments.training)
-    print(export(model, arguments.out, format=arguments.format, tokenizer=tokenizer, config=config))
+        return AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError, ImportError):
+        print(f"{directory}: no tokenizer there, none written", file=sys.stderr)
+        return None
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from transformers import AutoTokenizer
+
+    from lightning_quant import runtime
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.export)
+    except OSError as error:
+        cure = "Export with tokenizer=..., or save one there."
+        raise ValueError(explain(arguments.export, "a tokenizer beside the weights", "none", cure)) from error
+    model: Any = runtime.load(arguments.export)
+    print(model.runtime_report, file=sys.stderr)
+    inputs = tokenizer(arguments.prompt, return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=arguments.max_new_tokens, do_sample=False)
+    print(tokenizer.decode(tokens[0], skip_special_tokens=True))
     return 0
 
 

@@ -6,13 +6,14 @@ Everything it does is a function of the optimizer step, so resuming needs the st
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_quant import zero
 from lightning_quant.attach import attach, check_coverage, is_attached, quant_layers, quantizers
 from lightning_quant.bypass import evaluating
 from lightning_quant.calibration import commit_ranges, fit_weights, open_observers
@@ -20,18 +21,23 @@ from lightning_quant.curvature import curvature
 from lightning_quant.distill import Distiller
 from lightning_quant.errors import AttachError, explain
 from lightning_quant.estimators import build_estimator
+from lightning_quant.fused import average, shared_inputs
 from lightning_quant.layers import QuantLayer
 from lightning_quant.metrics import codes, flips, learned_scales, readings, summary, to_floats
 from lightning_quant.norms import hold_statistics
 from lightning_quant.optim import freeze_with_weights, split_groups
-from lightning_quant.packed import PackedLinear
+from lightning_quant.packed import CompactLinear
 from lightning_quant.parts import refuse_late_adapters, refuse_other_config
 from lightning_quant.quantizer import FakeQuantizer
 from lightning_quant.report import Report
 from lightning_quant.schedule import Schedule, delay_steps
 from lightning_quant.spec import QuantConfig
+from lightning_quant.transforms import TransformReport
+from lightning_quant.transforms.setup import check_setup, refuse_unfit, restructure, set_up
 
 STATE_VERSION = 1
+LEFT = "left to the run whose checkpoint is loaded"
+SAME = ("method", "weight", "activation", "rules", "options", "batch_norm", "operators", "first_last", "setup")
 
 
 class QuantController:
@@ -61,6 +67,7 @@ class QuantController:
             raise ValueError(explain("QuantConfig.distill", "a weight for what the teacher says", None, cure))
         self._distiller = None if config.distill is None else Distiller(config.distill, teacher)
         self.estimator = build_estimator(config.method, dict(config.options))
+        check_setup(config)
         self.schedules = {**self.estimator.role(False).schedules(), **self.estimator.role(True).schedules()}
         self.report: Report | None = None
         self.total_steps: int | None = None
@@ -75,6 +82,7 @@ class QuantController:
         self._trained = self._evaluated = False
         self._holds: bool | None = None
         self._quantizers: list[FakeQuantizer] = []
+        self._shared: list[list[FakeQuantizer]] = []
         self._weights: dict[FakeQuantizer, QuantLayer] = {}
         self._scheduled: list[tuple[str, Schedule, list[Tensor]]] = []
         self._measures = False
@@ -82,20 +90,35 @@ class QuantController:
         self._starts: dict[FakeQuantizer, Tensor] = {}
         self._codes: dict[FakeQuantizer, Tensor] = {}
 
-    def prepare(self, model: nn.Module, root: nn.Module | None = None) -> Report | None:
+    def prepare(
+        self,
+        model: nn.Module,
+        root: nn.Module | None = None,
+        batches: Callable[[], Iterable[Any]] | None = None,
+        loaded: bool = False,
+    ) -> Report | None:
         """Attach, unless the model already holds quantizers (a second stage of the same run, or put there by hand).
 
         Args:
             model: What is quantized.
             root: What is trained, if the model is a part of it: distillation's module is looked for there.
+            batches: Makes the data that ``QuantConfig.setup`` runs on, which it does here, once.
+            loaded: Without ``batches``: the weights come from a checkpoint of a run that did.
 
         Raises:
-            AttachError: The model cannot be quantized as asked, or is already, in another way.
+            AttachError: The model cannot be quantized as asked, or is already, in another way or without its set-up.
+            ValueError: ``QuantConfig.setup`` without data.
         """
         self._model = model
         if not is_attached(model):
+            done = self._set_up(model, batches, loaded) if self.config.setup else None
             self.report = attach(model, self.config)
+            self.report.setup = done
             freeze_with_weights(model)
+        elif batches is not None and self.report is not None and self.report.setup == LEFT:
+            cure = "Fit first; or build the module and the callback anew."
+            got = "one attached without, for weights of a checkpoint"
+            raise AttachError(explain("QuantConfig.setup", "a model that its transforms were run on", got, cure))
         refuse_other_config(model, self.config, self.estimator)
         refuse_late_adapters(model)
         if self._distiller is not None:
@@ -104,6 +127,18 @@ class QuantController:
             for _, q in quantizers(model):
                 q.track_start()
         return self.report
+
+    def _set_up(
+        self, model: nn.Module, batches: Callable[[], Iterable[Any]] | None, loaded: bool
+    ) -> TransformReport | str:
+        if batches is not None:
+            refuse_unfit(model)
+            return set_up(model, self.config, batches())
+        if not loaded:
+            cure = "Call prepare(model, batches=lambda: loader)."
+            raise ValueError(explain("QuantConfig.setup", "training data to look at", None, cure))
+        restructure(model, self.config)
+        return LEFT
 
     def begin(self, total_steps: int | None) -> None:
         """Fix the length of the run.
@@ -120,8 +155,10 @@ class QuantController:
         self._now.update(self.values())
         own = self.estimator.role(False).calibration(total_steps)
         self._observed = max(self.start + self.config.calibration, own)
+        fit_weights(self.model, missing=True)
         found = list(quantizers(self.model))
         self._quantizers = [q for _, q in found]
+        self._shared = shared_inputs(self.model)
         self._names = {q: f"{path}/" for path, q in found}
         self._weights = {}
         for path, layer in quant_layers(self.model):
@@ -140,7 +177,8 @@ class QuantController:
             for name, schedule in q.estimator.schedules().items():
                 buffers.setdefault((name, schedule), []).append(q._buffers[name])  # type: ignore[arg-type]
         self._scheduled = [(name, schedule, found) for (name, schedule), found in buffers.items()]
-        self._starts = {q: scales for q in self._quantizers if (scales := learned_scales(q)) is not None}
+        with self._learned_whole():
+            self._starts = {q: scales for q in self._quantizers if (scales := learned_scales(q)) is not None}
         self._trained = self._evaluated = False
         self._holds = None if self.config.freeze_batch_norm is not None else False
         if self._holds is None and not total_steps:
@@ -241,7 +279,8 @@ class QuantController:
         held = None if optimizer is None else {id(p) for g in optimizer.param_groups for p in g["params"]}
         for q, layer in stepped.items():
             if held is None or id(layer.weight) in held:
-                q.estimator.before_optimizer_step(q, layer.weight)  # type: ignore[arg-type]
+                with zero.gathered([layer.weight, *q.parameters()]), zero.with_gradient(layer.weight):
+                    q.estimator.before_optimizer_step(q, layer.weight)  # type: ignore[arg-type]
 
     def after_optimizer_step(self, skipped: bool = False) -> None:
         """After an update: take observed ranges in, project learned state, check coverage once.
@@ -251,14 +290,14 @@ class QuantController:
                 and no oscillation counted.
         """
         commit_ranges(self.model)
-        _floor_scales(self._quantizers)
-        for q in self._quantizers:
-            layer = self._weights.get(q)
-            if self.step >= self.start and not skipped:
-                packed = layer is None or isinstance(layer, PackedLinear)  # frozen, and dense only while in use
-                q.estimator.project(q, None if packed else layer.weight)  # type: ignore[arg-type,union-attr]
-            if not q.spec.dynamic and q.ready:
-                q.range.project(q)
+        with zero.written(p for q in self._quantizers for p in q.parameters()):
+            _floor_scales(self._quantizers)
+            for q in self._quantizers:
+                if self.step >= self.start and not skipped:
+                    self._project(q)
+                if not q.spec.dynamic and q.ready:
+                    q.range.project(q)
+            average(self._shared)
         for q, now in self._codes_of(list(self._codes)) if self._codes else ():
             q.measured["flips"] = flips(self._codes.pop(q), now)
         if not self._trained:
@@ -267,12 +306,24 @@ class QuantController:
         if self._distiller is not None:
             self._distiller.check(self.config.coverage)
 
+    def _project(self, q: FakeQuantizer) -> None:
+        layer, rule = self._weights.get(q), q.estimator
+        packed = layer is None or isinstance(layer, CompactLinear)  # frozen, and dense only while in use
+        weight = None if packed else layer.weight  # type: ignore[union-attr]
+        with zero.written([weight]) if weight is not None and rule.moves_weights else nullcontext():
+            rule.project(q, weight)
+
+    def _learned_whole(self) -> AbstractContextManager[None]:
+        return zero.gathered(p for q in self._quantizers for p in q.parameters())
+
     @torch.no_grad()
     def _codes_of(self, weights: Iterable[FakeQuantizer]) -> Iterator[tuple[FakeQuantizer, Tensor]]:
         """Codes of these weights one after the other, as evaluation has them: without the dropout of adapters."""
         with evaluating(self.model):
             for q in weights:
-                yield q, codes(q, self._weights[q].folded()[0])
+                with zero.gathered([*self._weights[q].sources(), *q.parameters()]):
+                    found = codes(q, self._weights[q].folded()[0])
+                yield q, found
 
     def on_eval(self) -> None:
         """Before evaluation: observers closed, nothing measured or taught, training's calls forgotten.
@@ -308,7 +359,8 @@ class QuantController:
             layers: Also those of every layer, as ``path/weight_error``, ``path/input_clip``; other quantizers' have
                 their own path, ``path/error``.
         """
-        found = {q: readings(q, self._starts) for q in self._quantizers}
+        with self._learned_whole():
+            found = {q: readings(q, self._starts) for q in self._quantizers}
         for metrics in found.values():
             if "progressive_loss" in metrics:
                 metrics["progressive_loss"] = metrics["progressive_loss"] / self._loss_scale
@@ -338,7 +390,7 @@ class QuantController:
                 )
             )
         now, then = self.config.to_dict(), QuantConfig.from_dict(state["config"], "QuantController state").to_dict()
-        for key in ("method", "weight", "activation", "rules", "options", "batch_norm", "operators", "first_last"):
+        for key in SAME:
             if then[key] != now[key]:
                 raise ValueError(
                     explain(

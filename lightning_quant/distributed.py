@@ -19,8 +19,25 @@ def rank() -> int:
 def reduce(rows: Tensor, largest: bool) -> Tensor:
     """Largest values or sums over ranks, of tensors of one shape on all; in place."""
     if active() and rows.numel():
-        dist.all_reduce(rows, op=dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
+        there = _within_reach(rows)
+        dist.all_reduce(there, op=dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
+        if there is not rows:
+            rows.copy_(there)
     return rows
+
+
+def broadcast(x: Tensor) -> None:
+    """Give every rank the first one's values, in place."""
+    if active() and x.numel():
+        there = _within_reach(x)
+        dist.broadcast(there, src=0)
+        if there is not x:
+            x.copy_(there)
+
+
+def _within_reach(x: Tensor) -> Tensor:
+    """A tensor where the process group can take it: NCCL knows GPUs only, and a model may not have moved there yet."""
+    return x.cuda() if x.device.type == "cpu" and dist.get_backend() == "nccl" else x
 
 
 def mean(x: Tensor) -> Tensor:

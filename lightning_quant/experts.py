@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_quant import zero
 from lightning_quant.layers import QuantLayer
 
 
@@ -133,7 +134,7 @@ def expert_weights(module: nn.Module) -> list[ExpertWeight]:
         return []
     names = ("gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", "down_proj")
     held = [module._parameters.get(name) for name in names]
-    if not (hasattr(kind.forward, "__wrapped__") and all(p is not None and p.ndim == 3 for p in held)):
+    if not (hasattr(kind.forward, "__wrapped__") and all(p is not None and len(zero.shape(p)) == 3 for p in held)):
         return []
     made = TransposedExpertWeight if module.is_transposed else ExpertWeight
     return [made(module, name) for name in names]

@@ -203,7 +203,7 @@ class Grid:
     def nearest(self, u: Tensor, table: Tensor) -> Tensor:
         """Places, float, of the levels nearest to ``u``, which is in units of the scale."""
         thresholds = table.view(torch.float64)[1, 1:].to(u.dtype)
-        return torch.bucketize(u, thresholds).to(u.dtype)
+        return torch.bucketize(u.contiguous(), thresholds).to(u.dtype)
 
     def round(self, u: Tensor, table: Tensor) -> Tensor:
         """The level nearest to ``u``, in units of the scale."""
@@ -213,7 +213,7 @@ class Grid:
         """Interpolated places of ``u`` clamped to the levels, and the distance of the levels around it."""
         levels = table.view(torch.float64)[0].to(u.dtype)
         u = u.clamp(self.levels[0], self.levels[-1])  # type: ignore[index]
-        below = torch.bucketize(u, levels[1:-1], right=True)
+        below = torch.bucketize(u.contiguous(), levels[1:-1], right=True)
         start = levels[below]
         width = levels[below + 1] - start
         return (u - start) / width + below, width

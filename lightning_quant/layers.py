@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
+import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from lightning_quant.packed import PackedLinear
+from lightning_quant.packed import CompactLinear, PackedLinear, recomputed
 from lightning_quant.quantizer import FakeQuantizer
 
 
@@ -98,10 +101,21 @@ class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]
         return F.linear(x, weight, bias)
 
 
-class QuantPackedLinear(QuantLinear, PackedLinear):  # type: ignore[misc]
-    """``PackedLinear``, the base of QLoRA, whose dense weight (with its adapters in it) goes on the grid."""
+class QuantCompactLinear(QuantLinear, CompactLinear):  # type: ignore[misc]
+    """A base of QLoRA, whose dense weight (with its adapters in it) goes on the grid."""
 
     unpacked = QuantLinear
+
+    def forward(self, input: Tensor, *sizes: Any) -> Tensor:
+        """As the float layer; backward makes the weight once more."""
+        if self.folds:
+            return super().forward(input)
+        trained = [p for p in self.weight_quant.parameters() if p.requires_grad]
+        return self.quant_output(recomputed(self, self.quant_input(input), trained))
+
+
+class QuantPackedLinear(QuantCompactLinear, PackedLinear):  # type: ignore[misc]
+    """``PackedLinear`` on the grid."""
 
 
 class _QuantConv(QuantLayer):
@@ -203,6 +217,7 @@ LAYERS: dict[type[nn.Module], type[QuantLayer]] = {
 
 # Where transformers has layers of its own: see ``transformers_layers``.
 FOREIGN = ("transformers.pytorch_utils", "transformers.models.falcon.modeling_falcon")
+BNB = "bitsandbytes.nn.modules"  # see ``bnb``
 
 
 def layer_class(kind: type[nn.Module]) -> type[QuantLayer] | None:
@@ -211,7 +226,95 @@ def layer_class(kind: type[nn.Module]) -> type[QuantLayer] | None:
         from lightning_quant.transformers_layers import TRANSFORMERS_LAYERS
 
         return TRANSFORMERS_LAYERS.get(kind)
+    if kind.__module__ == BNB:
+        from lightning_quant.bnb import BNB_LAYERS
+
+        return BNB_LAYERS.get(kind)
     return LAYERS.get(kind)
+
+
+def is_compact(module: nn.Module) -> bool:
+    """Whether the layer's weight is stored in a few bits: ours or bitsandbytes', with quantizers or without."""
+    return isinstance(module, CompactLinear) or (
+        type(module).__module__ == BNB and layer_class(type(module)) is not None
+    )
+
+
+def dense_weight(module: nn.Module, where: str = "") -> Tensor | None:
+    """A layer's weight in float, made anew where it is stored in a few bits; None if it has none.
+
+    Raises:
+        AttachError: A layer of bitsandbytes (at ``where``) whose weight has not been rounded yet.
+    """
+    if type(module).__module__ == BNB and is_compact(module):
+        from lightning_quant.bnb import dense
+
+        return dense(module, where)  # type: ignore[arg-type]
+    weight = getattr(module, "weight", None)
+    return weight if isinstance(weight, Tensor) else None
+
+
+def compact_keys(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
+    """Keys of the state dict that stand for weights stored in a few bits, with the layers and their paths."""
+    for path, module in model.named_modules():
+        if is_compact(module):
+            for key in module.state_dict():
+                if key != "bias" and not key.startswith(("weight_quant.", "input_quant.")):
+                    yield f"{path}.{key}".lstrip("."), path, module
+
+
+@contextmanager
+def dense_bases(model: nn.Module, beside: Iterable[Any]) -> Iterator[None]:
+    """While open, compact layers without quantizers compute with the very weight that an export holds of them.
+
+    Those of bitsandbytes make it anew at every use, instead of their own kernels, some of which round further in
+    evaluation.  What adapters are merged into is an ordinary layer.
+
+    Args:
+        model: The model.
+        beside: PEFT's layers whose adapters are about to be merged by its own rule.
+    """
+    wrapped = [(lora, lora.base_layer, type(lora)) for lora in beside if is_compact(lora.base_layer)]
+    own = [m for m in model.modules() if type(m).__module__ == BNB and is_compact(m)]
+    kinds = [type(m) for m in own]
+    try:
+        for lora, base, kind in wrapped:
+            values: Any = dense_weight(base)
+            lora.base_layer = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
+            lora.base_layer.weight, lora.base_layer.bias = nn.Parameter(values, requires_grad=False), base.bias
+            if kind.__module__ == "peft.tuners.lora.bnb":
+                from lightning_quant.lora import as_linear
+
+                as_linear(lora)
+        for module in own:
+            from lightning_quant.bnb import DENSE
+
+            module.__class__ = DENSE[type(module)]
+        yield
+    finally:
+        for module, kind in zip(own, kinds, strict=True):
+            module.__class__ = kind
+        for lora, base, kind in wrapped:
+            lora.base_layer, lora.__class__ = base, kind
+
+
+def unpack_all(model: nn.Module) -> nn.Module:
+    """The model with ordinary layers in place of compact ones without quantizers, in place."""
+    for module in list(model.modules()):
+        if is_compact(module):
+            values: Any = dense_weight(module)
+            if type(module).__module__ == BNB:
+                from lightning_quant.bnb import DENSE
+
+                module.__class__ = DENSE[type(module)]
+            module.unpack(values)  # type: ignore[operator]
+    return model
+
+
+def float_dtype(model: nn.Module) -> torch.dtype:
+    """Dtype of the model's first ordinary floating-point parameter."""
+    own = (p.dtype for p in model.parameters() if type(p) is nn.Parameter and p.is_floating_point())
+    return next(own, torch.get_default_dtype())
 
 
 def is_convolution(kind: type[nn.Module]) -> bool:
@@ -224,4 +327,5 @@ def is_convolution(kind: type[nn.Module]) -> bool:
 def float_class(module: nn.Module) -> type[nn.Module]:
     """The class a quantized layer was born with."""
     kind = type(module)
-    return next(base for base in kind.__mro__ if not issubclass(base, QuantLayer) and issubclass(base, nn.Module))
+    bases = [base for base in kind.__mro__ if issubclass(base, nn.Module) and not issubclass(base, QuantLayer)]
+    return next(base for base in bases if base is not CompactLinear)

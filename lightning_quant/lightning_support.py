@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,13 +14,17 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_quant.attach import attach, quant_layers, quantizers
-from lightning_quant.errors import CheckpointError, explain
+from lightning_quant.errors import AttachError, CheckpointError, explain
 from lightning_quant.parts import find_part
 from lightning_quant.spec import QuantConfig
+from lightning_quant.transforms.capture import CURE, first_call
+from lightning_quant.transforms.pairs import Inputs
+from lightning_quant.transforms.setup import restructure
 
 Module = TypeVar("Module", bound=LightningModule)
 
@@ -41,13 +46,52 @@ def optimizer_steps(trainer: Trainer, module: LightningModule) -> int:
 
 def batch_loss(trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> Any:
     """The loss of a batch by one more call of ``training_step``, with nothing logged."""
+    with _nothing_logged(module), trainer.precision_plugin.forward_context():
+        out: Any = module.training_step(batch, batch_idx)
+    return out["loss"] if isinstance(out, Mapping) else out
+
+
+@contextmanager
+def _nothing_logged(module: LightningModule) -> Iterator[None]:
     module.__dict__["log"] = lambda *args, **kwargs: None
     try:
-        with trainer.precision_plugin.forward_context():
-            out: Any = module.training_step(batch, batch_idx)
+        yield
     finally:
         del module.__dict__["log"]
-    return out["loss"] if isinstance(out, Mapping) else out
+
+
+def training_inputs(trainer: Trainer, module: LightningModule, part: nn.Module, config: QuantConfig) -> list[Inputs]:
+    """What the first training steps would call a part with; training's own random numbers are not used up.
+
+    The loaders are those of the run, before Lightning splits them over ranks.
+
+    Args:
+        trainer: In ``setup`` of fit.
+        module: Its module.
+        part: What is quantized.
+        config: How many batches, and the seed of their order.
+
+    Raises:
+        AttachError: There is no data yet, or a training step does not reach the part.
+    """
+    source, found = trainer.fit_loop._data_source, []
+    with torch.random.fork_rng(), _nothing_logged(module):
+        torch.manual_seed(config.seed)
+        try:
+            loaders = source.dataloader()
+        except Exception as error:
+            got = f"{type(error).__name__}: {error}"
+            cure = "Make the data in __init__ or in a LightningDataModule, or pass loaders to fit. " + CURE
+            raise AttachError(explain("QuantConfig.setup", "training data before setup", got, cure)) from error
+        loader = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, "max_size_cycle")
+        device = next((p.device for p in part.parameters()), torch.device("cpu"))
+        for batch, index, _ in iter(loader):
+            moved = trainer.strategy.batch_to_device(batch, device, 0)
+            step = partial(module.training_step, moved, index)
+            found.append(first_call(part, step, f"{type(module).__name__}.training_step"))
+            if len(found) == config.setup_batches:
+                break
+    return found
 
 
 def loss_scale(trainer: Trainer, module: LightningModule) -> float:
@@ -150,6 +194,8 @@ def load_quantized(kind: type[Module], path: str | Path, key: str, map_location:
         warnings.filterwarnings("ignore", "Found keys that are not in the model state dict")
         module = kind.load_from_checkpoint(path, map_location=map_location, strict=False, weights_only=True, **hparams)
     for state in mine:
-        attach(find_part(module, state.get("module")), QuantConfig.from_dict(state["config"], str(path)))
+        part, config = find_part(module, state.get("module")), QuantConfig.from_dict(state["config"], str(path))
+        restructure(part, config)
+        attach(part, config)
     module.load_state_dict(saved["state_dict"], strict=module.strict_loading)
     return module.eval()

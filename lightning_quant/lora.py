@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from lightning_quant.errors import AttachError, explain
 from lightning_quant.estimators import Estimator
 from lightning_quant.layers import QuantLayer
-from lightning_quant.packed import PackedLinear
+from lightning_quant.packed import CompactLinear, recomputed
 
 
 class QuantLoraLinear(LoraLinear):  # type: ignore[misc]
@@ -68,7 +68,7 @@ class QuantLoraLinear(LoraLinear):  # type: ignore[misc]
             if safe_merge and not bool(torch.isfinite(weight).all()):
                 got = f"NaN or infinity from the adapters {names}"
                 raise ValueError(explain("merge", "finite weights", got, "Take an earlier checkpoint."))
-            if isinstance(base, PackedLinear):
+            if isinstance(base, CompactLinear):
                 base.unpack(weight)
             else:
                 base.weight.data = weight
@@ -118,11 +118,13 @@ class LoraFold:
     """What a base layer asks for its weight: see ``QuantLayer.folds``.
 
     Args:
-        lora: The layer around it.
+        lora: The layer around it, PEFT's; it becomes ours.
     """
 
-    def __init__(self, lora: QuantLoraLinear) -> None:
-        self.lora = lora
+    def __init__(self, lora: nn.Module) -> None:
+        self.born = type(lora)
+        lora.__class__ = QuantLoraLinear
+        self.lora: QuantLoraLinear = lora  # type: ignore[assignment]
 
     def fold(self, layer: QuantLayer) -> tuple[Tensor, Tensor | None]:
         """The layer's weight and bias with the active adapters merged in."""
@@ -133,13 +135,10 @@ class LoraFold:
 
     def through(self, layer: QuantLayer, x: Tensor, *sizes: Any) -> Tensor:
         """The layer's output; of all that is of the weight's size, nothing is kept for backward."""
-        trained = [p for p in (*self.sources(), *layer.weight_quant.parameters()) if p.requires_grad]
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not (trained or x.requires_grad):
-            return layer.product(x, *layer.quant_terms())
         if any(name in self.lora.lora_bias and self.lora.lora_bias[name] for name in self.lora.active_adapters):
             return layer.product(x, *layer.quant_terms())  # a trained bias is not a matter of the weight
-        y: Tensor = _Recomputed.apply(layer, x, *trained)  # type: ignore[no-untyped-call]
-        return y
+        trained = [p for p in (*self.sources(), *layer.weight_quant.parameters()) if p.requires_grad]
+        return recomputed(layer, x, trained, _draws(self.lora))
 
     def sources(self) -> list[nn.Parameter]:
         """What the active adapters train."""
@@ -147,65 +146,17 @@ class LoraFold:
 
     def undo(self) -> None:
         """Give PEFT its layer back."""
-        self.lora.__class__ = LoraLinear  # type: ignore[assignment]
+        self.lora.__class__ = self.born  # type: ignore[assignment]
 
 
-class _Recomputed(torch.autograd.Function):
-    """A layer's product that forms its merged, rounded weight once more in backward instead of keeping it.
-
-    What is saved is the input; ``W + s B A`` and its rounded form, each as large as the weight, live while in use.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, layer: QuantLayer, x: Tensor, *trained: Tensor) -> Tensor:  # type: ignore[override]
-        """The product; ``trained`` are the parameters that get a gradient through the weight."""
-        ctx.layer, ctx.trained = layer, trained
-        ctx.draws = _draws(layer)
-        ctx.states = _generator_states(x) if ctx.draws else []
-        ctx.save_for_backward(x)
-        return layer.product(x, *layer.quant_terms())
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        """Gradients of the input and of everything the weight is made of."""
-        layer: QuantLayer = ctx.layer
-        (x,) = ctx.saved_tensors
-        now = _generator_states(x) if ctx.draws else []
-        _set_generators(x, ctx.states)
-        counted, q = layer.weight_quant.called, layer.weight_quant
-        with torch.enable_grad():
-            weight, _ = layer.quant_terms()
-        q.called = counted
-        _set_generators(x, now)
-        rows = layer.output_axis  # of a Linear's weight 0, of a Conv1D's 1
-        dense = weight.detach().to(grad.dtype)
-        grad_x = (grad @ (dense.T if rows else dense)).to(x.dtype) if ctx.needs_input_grad[1] else None
-        flat, given = grad.flatten(0, -2), x.flatten(0, -2).to(grad.dtype)
-        grad_w = (given.T @ flat if rows else flat.T @ given).to(weight.dtype)
-        found = torch.autograd.grad(weight, ctx.trained, grad_w, allow_unused=True) if ctx.trained else ()
-        return (None, grad_x, *found)
+def as_linear(lora: nn.Module) -> None:
+    """Let PEFT's layer for bitsandbytes be its layer for a float Linear."""
+    lora.__class__ = LoraLinear
 
 
-def _draws(layer: QuantLayer) -> bool:
+def _draws(lora: QuantLoraLinear) -> bool:
     """Whether forming the weight draws random numbers."""
-    lora = layer.folds[0].lora  # type: ignore[attr-defined]
     return lora.training and any(isinstance(d, nn.Dropout) and d.p > 0 for d in lora.lora_dropout.values())
-
-
-def _generator_states(x: Tensor) -> list[Tensor]:
-    return (
-        [torch.get_rng_state()]
-        if x.device.type == "cpu"
-        else [torch.get_device_module(x.device).get_rng_state(x.device)]
-    )
-
-
-def _set_generators(x: Tensor, states: list[Tensor]) -> None:
-    for state in states:
-        if x.device.type == "cpu":
-            torch.set_rng_state(state)
-        else:
-            torch.get_device_module(x.device).set_rng_state(state, x.device)
 
 
 def check_lora(path: str, module: nn.Module, rule: Estimator) -> None:

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from lightning_quant.attach import quant_layers, quantizers
 from lightning_quant.errors import explain
 from lightning_quant.spec import QuantConfig
+from lightning_quant.zero import is_stepped
 
 _RATES = ("lr", "initial_lr", "max_lr", "min_lr")
 
@@ -65,9 +66,16 @@ def split_groups(optimizers: list[Optimizer], schedulers: list[Any], model: nn.M
         config: The config it was attached with.
 
     Raises:
-        ValueError: No optimizer holds a learned quantizer parameter, nor the weight of its layer.
+        ValueError: No optimizer holds a learned quantizer parameter, nor the weight of its layer; or ZeRO has taken
+            them over already, in groups without any of ours.
     """
     mine = learned_parameters(model, config)
+    if any(is_stepped(p) for p, _ in mine.values()):
+        if not any(group.get("quantizer") for optimizer in optimizers for group in optimizer.param_groups):
+            cure = "Give the optimizer lightning_quant.param_groups(model, config, lr) before deepspeed.initialize."
+            got = "DeepSpeed's flat copies, whose groups are fixed"
+            raise ValueError(explain("the optimizer", "groups of the quantizers' parameters", got, cure))
+        return
     joining = _joining(optimizers, model, mine)
     for optimizer in optimizers:
         for origin in range(len(optimizer.param_groups)):

@@ -11,12 +11,15 @@ alternate rounding and the best adapters for what rounding lost).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
+from lightning_quant import zero
 from lightning_quant.adapters import beside, lora_layers
 from lightning_quant.errors import AttachError, explain
 from lightning_quant.estimators import ESTIMATORS
@@ -27,13 +30,125 @@ from lightning_quant.resolve import resolve_weight
 from lightning_quant.spec import TensorSpec
 
 
-class PackedLinear(nn.Linear):
+class CompactLinear(nn.Linear):
+    """A frozen ``nn.Linear`` whose ``weight`` is stored in a few bits and made dense, anew, at every use."""
+
+    unpacked: type[nn.Module] = nn.Linear
+    output_axis = 0
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As ``nn.Linear``; backward makes the weight once more."""
+        return recomputed(self, input)
+
+    def quant_terms(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the product."""
+        return self.weight, self.bias
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Product with a matrix."""
+        return F.linear(x, weight, bias)
+
+    def unpack(self, weight: Tensor) -> None:
+        """Become an ordinary layer with this weight."""
+        self._drop_stored()
+        self.__class__ = self.unpacked  # type: ignore[assignment]
+        self.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+
+    def _drop_stored(self) -> None:
+        """Forget the stored weight."""
+        raise NotImplementedError
+
+
+def recomputed(layer: Any, x: Tensor, trained: Sequence[nn.Parameter] = (), draws: bool = False) -> Tensor:
+    """A layer's output; of all that is of its weight's size, nothing is kept for backward.
+
+    Args:
+        layer: Has ``quant_terms()``, ``product(x, weight, bias)``, ``output_axis`` and ``bias``.
+        x: Its input, (..., in).
+        trained: Parameters that get a gradient through the weight.
+        draws: Whether making the weight draws random numbers.
+
+    Returns:
+        (..., out).
+    """
+    given = [t for t in (x, layer.bias, *trained) if t is not None and t.requires_grad]
+    parts = any(zero.is_partitioned(p) for p in (*layer.parameters(), *trained))  # gone when backward comes
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not given or parts:
+        return layer.product(x, *layer.quant_terms())  # type: ignore[no-any-return]
+    return _Recomputed.apply(layer, draws, x, layer.bias, *trained)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Recomputed(torch.autograd.Function):
+    """A layer's product that makes its weight once more in backward instead of keeping it.
+
+    What is saved is the input; a dense, a merged and a rounded weight live while in use.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, layer: Any, draws: bool, x: Tensor, bias: Tensor | None, *trained: Tensor
+    ) -> Tensor:
+        """The product; ``trained`` are the parameters that get a gradient through the weight."""
+        ctx.layer, ctx.trained, ctx.draws = layer, trained, draws
+        ctx.states = _generator_states(x) if draws else []
+        ctx.save_for_backward(x)
+        y: Tensor = layer.product(x, *layer.quant_terms())
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        """Gradients of the input, of the bias and of everything the weight is made of."""
+        layer, trained = ctx.layer, ctx.trained
+        (x,) = ctx.saved_tensors
+        now = _generator_states(x) if ctx.draws else []
+        _set_generators(x, ctx.states)
+        q = layer._modules.get("weight_quant")
+        counted = q is not None and q.called
+        with torch.set_grad_enabled(bool(trained)):
+            weight, _ = layer.quant_terms()
+        if q is not None:
+            q.called = counted
+        _set_generators(x, now)
+        rows = layer.output_axis  # of a Linear's weight 0, of a Conv1D's 1
+        grad_x = None
+        if ctx.needs_input_grad[2]:
+            dense = weight.detach().to(grad.dtype)
+            grad_x = (grad @ (dense.T if rows else dense)).to(x.dtype)
+            del dense
+        flat = grad.flatten(0, -2)
+        grad_bias = flat.sum(0).to(layer.bias.dtype) if ctx.needs_input_grad[3] else None
+        found: Sequence[Tensor | None] = [None] * len(trained)
+        if weight.requires_grad:
+            edge, kind = get_gradient_edge(weight), weight.dtype
+            del weight  # before as much again is needed for its gradient
+            given = x.flatten(0, -2).to(grad.dtype)
+            grad_w = (given.T @ flat if rows else flat.T @ given).to(kind)
+            found = torch.autograd.grad(edge, trained, grad_w, allow_unused=True)
+        return (None, None, grad_x, grad_bias, *found)
+
+
+def _generator_states(x: Tensor) -> list[Tensor]:
+    return (
+        [torch.get_rng_state()]
+        if x.device.type == "cpu"
+        else [torch.get_device_module(x.device).get_rng_state(x.device)]
+    )
+
+
+def _set_generators(x: Tensor, states: list[Tensor]) -> None:
+    for state in states:
+        if x.device.type == "cpu":
+            torch.set_rng_state(state)
+        else:
+            torch.get_device_module(x.device).set_rng_state(state, x.device)
+
+
+class PackedLinear(CompactLinear):
     """A frozen ``nn.Linear`` in a few bits: buffers ``weight_codes`` (uint8) and ``weight_scale``, no parameter."""
 
     weight_codes: Tensor
     weight_scale: Tensor
     packing: tuple[FakeQuantizer, ...]  # grid and granularity; a tuple, so that it is no child
-    unpacked: type[nn.Module] = nn.Linear
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -46,17 +161,10 @@ class PackedLinear(nn.Linear):
         dense = q.real(view, self.weight_scale, 0.0, None)
         return q.granularity.unview(dense, (self.out_features, self.in_features)).to(self.weight_scale.dtype)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """As ``nn.Linear``."""
-        return F.linear(input, self.weight, self.bias)
-
-    def unpack(self, weight: Tensor) -> None:
-        """Become an ordinary layer with this weight."""
-        self.__class__ = self.unpacked  # type: ignore[assignment]
+    def _drop_stored(self) -> None:
         for name in ("weight_codes", "weight_scale"):
             del self._buffers[name]
         del self.packing
-        self.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
 
 
 def pack(model: nn.Module, scheme: str = "nf4-g64", loftq: int = 0) -> int:
@@ -74,7 +182,8 @@ def pack(model: nn.Module, scheme: str = "nf4-g64", loftq: int = 0) -> int:
         Bytes saved.
 
     Raises:
-        AttachError: No frozen Linear layer, a group size that does not divide, or LoftQ for several adapters.
+        AttachError: No frozen Linear layer, a group size that does not divide, or LoftQ for several adapters or beside
+            a base that bitsandbytes has rounded.
         ValueError: A scheme that cannot be read, or a grid with a zero point.
     """
     spec = TensorSpec.parse(scheme)
@@ -93,6 +202,11 @@ def pack(model: nn.Module, scheme: str = "nf4-g64", loftq: int = 0) -> int:
         cure = "Wrap the model with get_peft_model first, which freezes it."
         raise AttachError(explain("pack", "frozen Linear layers", "none", cure))
     adapters = {id(lora.base_layer): lora for _, lora in lora_layers(model)} if loftq else {}
+    for path, lora in lora_layers(model) if loftq else ():
+        if type(lora).__module__ == "peft.tuners.lora.bnb":
+            got = "one that bitsandbytes has rounded, whose losses are not known here"
+            cure = "Pack a float base; or, on CUDA, call peft.replace_lora_weights_loftq before attach."
+            raise AttachError(explain(path, "a float base for LoftQ", got, cure))
     quantizers = [_quantizer(path, layer, spec) for path, layer in layers]
     saved = 0
     for (_, layer), q in track(list(zip(layers, quantizers, strict=True)), "packing weights"):
@@ -157,4 +271,4 @@ def _fit_adapter(lora: Any, lost: Tensor) -> None:
     b.copy_(u[:, :rank] * root)
 
 
-__all__ = ["PackedLinear", "pack"]
+__all__ = ["CompactLinear", "PackedLinear", "pack", "recomputed"]

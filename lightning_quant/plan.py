@@ -6,21 +6,33 @@ import fnmatch
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor, nn
 
+from lightning_quant import zero
 from lightning_quant.adapters import beside, float_path, lora_layers, other_bases
 from lightning_quant.errors import AttachError, explain
 from lightning_quant.estimators import Estimator, overrides
 from lightning_quant.experts import expert_weights
 from lightning_quant.granularity import Granularity
 from lightning_quant.graph import Flow, flow, followers, outermost
-from lightning_quant.layers import QuantEmbedding, QuantLayer, is_convolution, layer_class
+from lightning_quant.kv_cache import plan_kv_cache
+from lightning_quant.layers import (
+    BNB,
+    QuantEmbedding,
+    QuantLayer,
+    dense_weight,
+    float_dtype,
+    is_compact,
+    is_convolution,
+    layer_class,
+)
 from lightning_quant.norms import FOLDED
 from lightning_quant.operators import plan_operators
-from lightning_quant.packed import PackedLinear
 from lightning_quant.report import Entry, Report
-from lightning_quant.resolve import resolve_activation, resolve_weight
+from lightning_quant.resolve import for_target, resolve_activation, resolve_weight
 from lightning_quant.spec import INHERIT, LayerRule, QuantConfig, TensorSpec, parse_scheme
+from lightning_quant.targets import TARGETS, Target
 
 
 @dataclass(frozen=True)
@@ -33,6 +45,9 @@ class LayerPlan:
         kind: Its class to be.
         weight: Resolved spec of the weight.
         activation: Resolved spec of its input, or None.
+        shape: The weight's shape.
+        dtype: Dtype that the weight has for the model, which bitsandbytes' layers take from it.
+        device: Where it is.
         rows: The weight's output channels and the elements of each.
         scales: Shape of the weight's scales.
     """
@@ -42,6 +57,9 @@ class LayerPlan:
     kind: type[QuantLayer]
     weight: TensorSpec
     activation: TensorSpec | None
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
     rows: tuple[int, int]
     scales: tuple[int, ...]
 
@@ -59,12 +77,14 @@ class Plan:
         layers: Layers to be quantized.
         norms: Path of a layer -> path of the normalization to fold into it.
         operators: Path of a module -> names of the quantizers of what it adds, joins or averages.
+        attention: Paths of modules whose keys and values are quantized.
         report: The same in words.
     """
 
     layers: list[LayerPlan] = field(default_factory=list)
     norms: dict[str, str] = field(default_factory=dict)
     operators: dict[str, list[str]] = field(default_factory=dict)
+    attention: list[str] = field(default_factory=list)
     report: Report = field(default_factory=Report)
 
 
@@ -79,8 +99,14 @@ class _Candidate:
     by_rule: bool
 
 
-def make_plan(model: nn.Module, config: QuantConfig, estimator: Estimator) -> Plan:
+def make_plan(model: nn.Module, config: QuantConfig, estimator: Estimator, values: bool = True) -> Plan:
     """Choose layers, resolve their specs, pair normalizations, find operators; changes nothing.
+
+    Args:
+        model: Any module.
+        config: What to quantize and how.
+        estimator: The method.
+        values: Whether weights must have values.
 
     Raises:
         AttachError: Nothing to quantize, an unused rule, a layer that cannot be quantized as asked, with ``strict``
@@ -89,12 +115,13 @@ def make_plan(model: nn.Module, config: QuantConfig, estimator: Estimator) -> Pl
     """
     plan = Plan()
     convolutional = any(is_convolution(type(m)) for m in model.modules())
-    candidates = _candidates(model, config, plan.report)
+    candidates = _candidates(model, config, plan.report, values)
     traced = flow(model) if config.batch_norm != "keep" or config.first_last != INHERIT else Flow()
     if config.first_last != INHERIT:
         candidates = _outermost(candidates, config.first_last, traced, plan.report)
     for candidate in candidates:
-        plan.layers.append(_resolve(candidate, plan.layers, estimator, convolutional))
+        candidate = _constrained(candidate, TARGETS[config.target])
+        plan.layers.append(_resolve(candidate, plan.layers, estimator, convolutional, float_dtype(model)))
     _check_adapters(model, plan, estimator)
     if not plan.layers:
         raise AttachError(
@@ -112,6 +139,8 @@ def make_plan(model: nn.Module, config: QuantConfig, estimator: Estimator) -> Pl
         for path, why in failures.items():
             reason = f"torch.fx cannot trace its forward ({why}): what it adds, joins and averages stays in float"
             plan.report.unsupported.append(Entry(path or type(model).__name__, reason, 0.0))
+    if config.kv_cache is not None:
+        plan.attention = plan_kv_cache(model)
     for candidate, layer in zip(candidates, plan.layers, strict=True):
         what = words(layer.weight, layer.activation)
         what += ", batch norm folded in" if layer.path in plan.norms else ""
@@ -120,6 +149,7 @@ def make_plan(model: nn.Module, config: QuantConfig, estimator: Estimator) -> Pl
     for path, names in plan.operators.items():
         what = f"a{config.operators} operands" if names != ["input_quant"] else f"a{config.operators} input"
         plan.report.attached.append(Entry(path or type(model).__name__, what, 0.0))
+    plan.report.attached += [Entry(path, f"{config.kv_cache} keys and values", 0.0) for path in plan.attention]
     if config.strict and plan.report.unsupported:
         share = sum(e.share for e in plan.report.unsupported)
         named = ", ".join(f"{e.path} ({e.share:.1%})" for e in plan.report.unsupported[:8])
@@ -135,7 +165,7 @@ def make_plan(model: nn.Module, config: QuantConfig, estimator: Estimator) -> Pl
     return plan
 
 
-def _candidates(model: nn.Module, config: QuantConfig, report: Report) -> list[_Candidate]:
+def _candidates(model: nn.Module, config: QuantConfig, report: Report, values: bool) -> list[_Candidate]:
     """Layers to be quantized, with their own specs; all others go into the report."""
     aside, wrapped = beside(model), other_bases(model)
     modules = {path: m for path, m in model.named_modules() if id(m) not in aside}
@@ -146,11 +176,11 @@ def _candidates(model: nn.Module, config: QuantConfig, report: Report) -> list[_
     found: list[_Candidate] = []
     for path, layer, module in _layers(modules):
         kind = type(layer) if isinstance(layer, QuantLayer) else layer_class(type(layer))
-        if kind is None or id(layer) in wrapped or not isinstance(getattr(layer, "weight", None), Tensor):
+        weight = dense_weight(layer, path) if kind is not None and id(layer) not in wrapped else None
+        if kind is None or weight is None:
             continue
-        weight: Tensor = layer.weight  # type: ignore[assignment]
-        owner = id(weight) if isinstance(weight, nn.Parameter) else id(layer)  # a packed weight is made anew
-        share = 0.0 if owner in covered else weight.numel() / total
+        owner = id(weight) if isinstance(weight, nn.Parameter) else id(layer)  # a compact weight is made anew
+        share = 0.0 if owner in covered else zero.numel(weight) / total
         rule = _rule(config.rules, float_path(path), used)
         weight_spec = config.weight if rule is None or rule.weight == INHERIT else rule.weight
         input_spec = config.activation if rule is None or rule.activation == INHERIT else rule.activation
@@ -168,18 +198,19 @@ def _candidates(model: nn.Module, config: QuantConfig, report: Report) -> list[_
             continue
         assert isinstance(weight_spec, TensorSpec)
         assert not isinstance(input_spec, str)
-        _check_module(path, module, weight)
+        _check_module(path, module, weight, values)
         found.append(_Candidate(path, layer, kind, weight_spec, input_spec, share, named))
     _check_rules(config.rules, used, [float_path(path) for path in modules])
     for path, module in modules.items():
         for name, p in module.named_parameters(recurse=False):
-            if p.ndim >= 2 and id(p) not in covered:
+            if len(zero.shape(p)) >= 2 and not covered & {id(p), id(module)}:
                 covered.add(id(p))
                 where = f"{path}.{name}" if path else name
                 reason = f"{type(module).__name__} is not a layer we can reach"
                 if id(module) in wrapped:
                     reason = "what its adapter adds lies outside of its weight (LoRA of Linear and Conv1D is served)"
-                report.unsupported.append(Entry(where, reason, p.numel() / total))
+                size = module.out_features * module.in_features if is_compact(module) else zero.numel(p)
+                report.unsupported.append(Entry(where, reason, size / total))  # type: ignore[operator]
     return found
 
 
@@ -192,10 +223,11 @@ def _layers(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module, 
 
 
 def _numbers(modules: Mapping[str, nn.Module]) -> int:
-    """How many numbers the model's own parameters and packed weights hold."""
-    own = {id(p): p.numel() for m in modules.values() for p in m.parameters(recurse=False)}
-    packed = sum(m.out_features * m.in_features for m in modules.values() if isinstance(m, PackedLinear))
-    return sum(own.values()) + packed
+    """How many numbers the model's own parameters and compact weights hold."""
+    compact = [m for m in modules.values() if is_compact(m)]
+    stored = {id(m._parameters.get("weight")) for m in compact}
+    own = {id(p): zero.numel(p) for m in modules.values() for p in m.parameters(recurse=False) if id(p) not in stored}
+    return sum(own.values()) + sum(m.out_features * m.in_features for m in compact)  # type: ignore[operator, misc]
 
 
 def _outermost(candidates: list[_Candidate], scheme: str | None, traced: Flow, report: Report) -> list[_Candidate]:
@@ -217,12 +249,23 @@ def _outermost(candidates: list[_Candidate], scheme: str | None, traced: Flow, r
     return chosen
 
 
-def _resolve(candidate: _Candidate, before: list[LayerPlan], estimator: Estimator, convolutional: bool) -> LayerPlan:
+def _constrained(candidate: _Candidate, target: Target) -> _Candidate:
+    """The candidate with what its runtime asks of its specs."""
+    weight = for_target(candidate.weight, target, True, f"{candidate.path}.weight")
+    activation = candidate.activation
+    if activation is not None:
+        activation = for_target(activation, target, False, f"{candidate.path}.input")
+    return replace(candidate, weight=weight, activation=activation)
+
+
+def _resolve(
+    candidate: _Candidate, before: list[LayerPlan], estimator: Estimator, convolutional: bool, stream: torch.dtype
+) -> LayerPlan:
     """Fill the specs in and check that the layer can have them."""
     path, module, kind = candidate.path, candidate.module, candidate.kind
-    weight: Tensor = module.weight  # type: ignore[assignment]
+    weight: Tensor = dense_weight(module)  # type: ignore[assignment]
     spec = resolve_weight(candidate.weight, convolutional, estimator.role(True), f"{path}.weight")
-    shared = isinstance(weight, nn.Parameter)  # a packed weight is made anew, and is nobody else's
+    shared = isinstance(weight, nn.Parameter)  # a compact weight is made anew, and is nobody else's
     twin = next((p for p in before if shared and p.module.weight is weight), None)
     if twin is not None and not (spec.dynamic and spec == twin.weight):
         raise AttachError(
@@ -237,10 +280,12 @@ def _resolve(candidate: _Candidate, before: list[LayerPlan], estimator: Estimato
     if candidate.activation is not None and kind.input_channels:
         activation = resolve_activation(candidate.activation, convolutional, estimator.role(False), f"{path}.input")
         if activation.granularity == "group":
-            Granularity("group", None, activation.group_size or 0).check_row(weight.shape[-1], path)
+            Granularity("group", None, activation.group_size or 0).check_row(zero.shape(weight)[-1], path)
     granularity = _granularity(spec, kind)
-    scales = granularity.scale_shape(weight.shape, path)
-    return LayerPlan(path, module, kind, spec, activation, granularity.rows(weight.shape), scales)
+    scales = granularity.scale_shape(zero.shape(weight), path)
+    dtype = stream if type(module).__module__ == BNB else weight.dtype
+    shape = zero.shape(weight)
+    return LayerPlan(path, module, kind, spec, activation, shape, dtype, weight.device, granularity.rows(shape), scales)
 
 
 def _granularity(spec: TensorSpec, kind: type[QuantLayer]) -> Granularity:
@@ -322,7 +367,7 @@ def _check_rules(rules: tuple[LayerRule, ...], used: set[int], paths: list[str])
             )
 
 
-def _check_module(path: str, module: nn.Module, weight: Tensor) -> None:
+def _check_module(path: str, module: nn.Module, weight: Tensor, values: bool) -> None:
     if "forward" in module.__dict__:
         raise AttachError(
             explain(
@@ -332,8 +377,9 @@ def _check_module(path: str, module: nn.Module, weight: Tensor) -> None:
                 "Attach before dispatch_model / prepare, or call accelerate.hooks.remove_hook_from_submodules(model).",
             )
         )
-    if weight.is_meta:
-        raise AttachError(explain(path, "a weight with values", "a meta tensor", "Load the weights, then attach."))
+    if values and weight.is_meta:
+        cure = "Load the weights, then attach; or attach(model, config, fit=False), then load weights and quantizers."
+        raise AttachError(explain(path, "a weight with values", "a meta tensor", cure))
     if getattr(module, "sparse", False):
         raise AttachError(
             explain(path, "an embedding with dense gradients", "sparse=True", "Build it with sparse=False.")

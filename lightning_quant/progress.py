@@ -10,11 +10,11 @@ from lightning_quant import distributed
 T = TypeVar("T")
 
 
-def track(items: Iterable[T], what: str) -> Iterable[T]:
-    """Iterate, showing a bar once two seconds have passed."""
+def track(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
+    """Iterate, showing a bar once two seconds have passed; ``total`` says how many come, where ``len`` does not."""
     try:
         from tqdm.auto import tqdm
     except ImportError:
         return items
-    bar: Iterable[T] = tqdm(items, desc=what, delay=2, disable=distributed.rank() != 0, leave=False)
+    bar: Iterable[T] = tqdm(items, desc=what, total=total, delay=2, disable=distributed.rank() != 0, leave=False)
     return bar

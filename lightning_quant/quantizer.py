@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_quant import reuse
 from lightning_quant.distributed import to_local, whole
+from lightning_quant.errors import explain
 from lightning_quant.estimators import Bins, Estimator, FakeQuantize, locate, overrides
 from lightning_quant.granularity import Granularity
 from lightning_quant.grid import Grid, reader_scale
@@ -17,6 +18,9 @@ from lightning_quant.metrics import measure
 from lightning_quant.observers import build_observer
 from lightning_quant.ranges import build_range
 from lightning_quant.spec import TensorSpec
+from lightning_quant.targets import TARGETS
+
+ELEMENTS = 2**18  # that an export encodes at a time: float temporaries stay small, and in the processor's cache
 
 
 class FakeQuantizer(nn.Module):
@@ -217,6 +221,9 @@ class FakeQuantizer(nn.Module):
                 fixed = offset.detach()
                 offset = fixed + self.range.factor(self, x) * (offset - fixed)
             return self.range.scale(self), self.range.zero(self), offset
+        elif self.is_weight:
+            cure = "Load the quantizers' state, or call lightning_quant.calibration.fit_weights(model)."
+            raise ValueError(explain("a weight's quantizer", "a range", "none: attached with fit=False", cure))
         else:
             with torch.no_grad():
                 scale, zero = self._per_sample(x.detach())
@@ -231,14 +238,14 @@ class FakeQuantizer(nn.Module):
             if self.spec.symmetric and self.observer.covers:
                 return self.grid.scale(_absmax(rows).reshape(self.scale_shape)), None
             return self._from_range(*self.observer.range(rows, self.grid))
-        whole = self.target == "transformers" and x.ndim == 2 and self.granularity.kind == "token"
+        whole = TARGETS[self.target].joins_rows and x.ndim == 2 and self.granularity.kind == "token"
         blocks = x.reshape(1, -1) if whole else self.granularity.view(x)
         if self.observer.covers:
             absmax = _absmax(blocks)
         else:
             low, high = self.observer.range(blocks.reshape(-1, blocks.shape[-1]), self.grid)
             absmax = torch.maximum(-low, high).reshape(*blocks.shape[:-1], 1)
-        if self.target == "transformers" and self.spec.grid == "int":
+        if TARGETS[self.target].reader_scale and self.spec.grid == "int":
             return reader_scale(absmax, self.spec.bits), None
         # vLLM's kernels keep these scales in float32 whatever the activations' dtype.
         return self.grid.scale(absmax.to(torch.promote_types(x.dtype, torch.float32))), None
@@ -298,35 +305,59 @@ class FakeQuantizer(nn.Module):
         Codes are int8, on a codebook int16 places.  Sharded weights and scales are gathered first, which is a
         collective.
         """
-        code, _, scale, zero, offset = self._encode(weight)
-        kind = torch.int8 if self.table is None else torch.int16
-        return self.granularity.unview(code, weight.shape).to(kind), scale, zero, offset
+        view, scale, zero, offset, blocks = self._encode(weight)
+        codes = torch.empty(view.shape, dtype=torch.int8 if self.table is None else torch.int16, device=view.device)
+        for rows, code, _ in blocks:
+            codes[rows] = code.to(codes.dtype)
+        return self.granularity.unview(codes, weight.shape), scale, zero, offset
 
-    def _encode(self, weight: Tensor) -> tuple[Tensor, tuple[Tensor, ...], Tensor, Tensor | float, Tensor | None]:
-        """Codes in blocks, the estimator's tensors, and the range in ``scale_shape``."""
+    def _encode(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | float, Tensor | None, Iterator[Any]]:
+        """The weight in blocks, the range in ``scale_shape``, and (rows, codes, estimator's tensors) part by part.
+
+        What is as large as the weight and in float exists for some rows at a time, unless the estimator assigns codes
+        by tensors of its own.
+        """
         x = self.estimator.transform(self, whole(weight.detach()))
         scale, zero, offset = self.scale_zero_offset(x)
         scale = whole(scale.detach())
         zero = whole(zero) if isinstance(zero, Tensor) else zero
         offset = None if offset is None else whole(offset.detach())
-        view, lifted = self.granularity.view(x), self.granularity.lift(scale)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        if offset is not None:
-            view = view.to(wide) - self.granularity.lift(offset)
-        u = torch.div(view.to(wide), lifted)
-        if isinstance(zero, Tensor) or zero:
-            u = u.add_(self.granularity.lift(zero) if isinstance(zero, Tensor) else zero)
-        if self.table is not None:
-            return self.grid.nearest(u, self.table), (), scale, zero, offset
-        own = overrides(self.estimator, "assign", "decode")
-        inputs = self.estimator.inputs(self, view, lifted) if own else ()
-        return self.estimator.assign(u, self.grid, inputs, False), inputs, scale, zero, offset
+        view = self.granularity.view(x)
+        return view, scale, zero, offset, self._coded(view, scale, zero, offset)
+
+    def _coded(self, view: Tensor, scale: Tensor, zero: Tensor | float, offset: Tensor | None) -> Iterator[Any]:
+        own = self.table is None and overrides(self.estimator, "assign", "decode")
+        wide = torch.promote_types(view.dtype, torch.float32)
+        step = max(len(view) if own else ELEMENTS // max(view[:1].numel(), 1), 1)
+        for start in range(0, len(view), step):
+            rows = slice(start, start + step)
+            part, lifted = view[rows].to(wide), self._lifted(scale, rows, view)
+            if offset is not None:
+                part = part - self._lifted(offset, rows, view)
+            u = torch.div(part, lifted)
+            if isinstance(zero, Tensor) or zero:
+                u = u.add_(self._lifted(zero, rows, view) if isinstance(zero, Tensor) else zero)
+            if self.table is not None:
+                yield rows, self.grid.nearest(u, self.table), ()
+                continue
+            inputs = self.estimator.inputs(self, view if offset is None else part, lifted) if own else ()
+            yield rows, self.estimator.assign(u, self.grid, inputs, False), inputs
+
+    def _lifted(self, values: Tensor, rows: slice, view: Tensor) -> Tensor:
+        """Numbers in ``scale_shape`` that broadcast to these rows of blocks."""
+        return self.granularity.lift(values[rows] if len(values) == len(view) else values)
 
     @torch.no_grad()
     def on_grid(self, weight: Tensor) -> Tensor:
         """The weight as evaluation computes with it, in its own dtype; sharded ones are gathered."""
-        code, inputs, scale, zero, offset = self._encode(weight)
-        return self.granularity.unview(self.real(code, scale, zero, offset, inputs), weight.shape).to(weight.dtype)
+        view, scale, zero, offset, blocks = self._encode(weight)
+        y = torch.empty(view.shape, dtype=weight.dtype, device=view.device)
+        for rows, code, inputs in blocks:
+            own: list[Any] = [
+                t[rows] if isinstance(t, Tensor) and len(t) == len(view) else t for t in (scale, zero, offset)
+            ]
+            y[rows] = self.real(code, own[0], own[1], own[2], inputs).to(weight.dtype)
+        return self.granularity.unview(y, weight.shape)
 
     def real(
         self,
@@ -370,12 +401,31 @@ class FakeQuantizer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._restore()
         if self.spec.dynamic or self._place.is_meta:
             return
         if not self.is_weight and any(not to_local(p).numel() for p in self.range_parameters()):
             self.ready = self.observer.data_free or bool(self.running.any())  # another rank holds the scale
         else:
             self.ready = self.range.ready(self)
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        """Make what no file holds anew: ``to_empty`` loses it, a load that assigns leaves it on the meta device."""
+        kept = [t for n, t in self._buffers.items() if n not in self._non_persistent_buffers_set]
+        held = next((t for t in (*self._parameters.values(), *kept) if t is not None and not t.is_meta), None)
+        if self._place.is_meta and held is not None:
+            for name in self._non_persistent_buffers_set:
+                if (buffer := self._buffers[name]) is not None:
+                    self._buffers[name] = torch.zeros_like(buffer, device=held.device)
+        if self._place.is_meta:
+            return
+        if self.table is not None:
+            self.table.copy_(self.grid.table())  # type: ignore[arg-type]
+        for name in self.estimator.schedules():
+            self._buffers[name].fill_(self.now[name])  # type: ignore[union-attr]
+        if self.delayed:
+            self.started.fill_(1.0)
 
     def extra_repr(self) -> str:
         """One line: grid, granularity and method."""

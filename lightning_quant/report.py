@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,15 @@ class Entry:
 
 @dataclass
 class Report:
-    """What ``attach`` did: attached layers, layers left out on purpose, weights nothing here can reach."""
+    """What ``attach`` did: attached layers, layers left out on purpose, weights nothing here can reach.
+
+    ``setup`` is the report of the transforms that ran before, or None.
+    """
 
     attached: list[Entry] = field(default_factory=list)
     excluded: list[Entry] = field(default_factory=list)
     unsupported: list[Entry] = field(default_factory=list)
+    setup: Any = None
 
     @property
     def coverage(self) -> float:
@@ -35,7 +40,8 @@ class Report:
 
     def __str__(self) -> str:
         """A table; layers that differ only in their number share a line."""
-        lines = [f"{self.coverage:6.1%} of the weights in {len(self.attached)} quantized layers"]
+        lines = [] if self.setup is None else [f"set-up: {self.setup}"]
+        lines += [f"{self.coverage:6.1%} of the weights in {len(self.attached)} quantized layers"]
         for title, entries in (
             ("quantized", self.attached),
             ("left in float", self.excluded),

@@ -10,6 +10,45 @@ from lightning_quant.estimators import Estimator, overrides
 from lightning_quant.grid import UNIFORM, Grid
 from lightning_quant.ranges import build_range
 from lightning_quant.spec import DEFAULT_GROUP, TensorSpec
+from lightning_quant.targets import Target
+
+
+def for_target(spec: TensorSpec, target: Target, is_weight: bool, where: str) -> TensorSpec:
+    """A spec whose open fields are what a runtime asks for.
+
+    Args:
+        spec: As written by the user.
+        target: The runtime.
+        is_weight: Whether the tensor is a weight.
+        where: Path of the tensor, for messages.
+
+    Raises:
+        ValueError: A field that is set to something the runtime does not have.
+    """
+
+    def refuse(expected: str, got: object, cure: str) -> ValueError:
+        return ValueError(explain(f"{where} (target's format: {target.format})", expected, got, cure))
+
+    if is_weight and target.group_size is not None:
+        size = target.group_size
+        if spec.granularity == "auto":
+            spec = replace(spec, granularity="group", group_size=size)
+        if spec.granularity == "group" and (spec.group_size or 0) % size:
+            cure = f"Write -g{size}, or leave the group out."
+            raise refuse(f"groups of {size} or a multiple", spec.group_size, cure)
+    if is_weight and target.scale_format not in ("float", spec.scale_format):
+        if spec.scale_format != "float":
+            raise refuse(f"{target.scale_format} scales", repr(spec.scale_format), "Leave scale_format out.")
+        spec = replace(spec, scale_format=target.scale_format)
+        if spec.symmetric is False and spec.range == "auto":
+            spec = replace(spec, range="offset")  # its blocks hold a real offset instead of a zero point
+    if not is_weight and target.static_inputs:
+        if spec.dynamic or spec.granularity in ("token", "group"):
+            got = f"granularity={spec.granularity!r}, dynamic={spec.dynamic}"
+            raise refuse("activations on a constant range", got, "Write -static in the scheme, e.g. w8a8-static.")
+        if spec.dynamic is None:
+            spec = replace(spec, dynamic=False)
+    return spec
 
 
 def resolve_weight(spec: TensorSpec, convolutional: bool, rule: Estimator, where: str = "weight") -> TensorSpec:
@@ -147,11 +186,12 @@ def check_combination(spec: TensorSpec, rule: Estimator, is_weight: bool, where:
                 "Use -static in the scheme, or leave dynamic open.",
             )
         )
-    if spec.scale_format != "float" and (spec.range != "scale" or grid.zero is None):
+    real = spec.scale_format == "float16" and spec.range == "offset"  # a step and a real offset, both rounded
+    if spec.scale_format != "float" and not real and (spec.range != "scale" or grid.zero is None):
         raise ValueError(
             explain(
                 f"{where}: scale_format={spec.scale_format!r}",
-                "a symmetric grid with range='scale'",
+                "a symmetric grid with range='scale'" + " or range='offset'" * (spec.scale_format == "float16"),
                 f"symmetric={spec.symmetric}, range={spec.range!r}",
                 "Use scale_format='float', or drop -asym and range.",
             )

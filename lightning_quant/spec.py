@@ -16,18 +16,19 @@ from typing import Any
 import yaml
 
 from lightning_quant.errors import explain, unknown
+from lightning_quant.targets import TARGETS
 
 SPEC_VERSION = 1
 WEIGHT_BITS = (1, 1.58, 2, 3, 4, 5, 6, 7, 8)
 ACTIVATION_BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 GRANULARITIES = ("auto", "tensor", "channel", "group", "pixel", "token")
-TARGETS = ("vllm", "transformers")
 COVERAGE = ("error", "warn", "off")
+KV_CACHES = {"int8": {"bits": 8}, "fp8": {"bits": 8, "grid": "e4m3"}}
 BATCH_NORM = ("keep", "two_pass", "frozen")
 DEFAULT_GROUP = 128
 GRAMMAR = (
     "w{1|1.58|2..8|16}[a{1..8|16}][-g{n}|-channel|-tensor][-asym][-static|-dynamic|-token] or "
-    "{fp8|mxfp4|mxfp8|nvfp4}[a16] or nf4[-g{n}]"
+    "{fp8|mxfp4|mxfp8|nvfp4}[a16] or nf4[-g{n}], each with [-kv8|-kvfp8] for a model's keys and values"
 )
 FLOATS: dict[str, dict[str, Any]] = {
     "nf4": {"bits": 4, "grid": "nf4"},
@@ -216,8 +217,10 @@ class QuantConfig:
         calibration: Optimizer steps at the start of training in which static activation ranges follow
             the data; after them the ranges stay (or are learned).
         coverage: What to do about a quantizer that a batch never reached: ``error``, ``warn``, ``off``.
-        target: Runtime whose arithmetic training follows where runtimes differ.  The dynamic int8 scale is
-            absmax/127 in vLLM's kernels (``vllm``) and absmax/127.5 in the reader of transformers.
+        target: Runtime (a name of ``TARGETS``) whose arithmetic and constraints training follows: the dynamic int8
+            scale is absmax/127 in vLLM's kernels (``vllm``) and absmax/127.5 in the reader of transformers;
+            ``llama.cpp`` has blocks of 32 weights with float16 scales; ``onnxruntime`` and ``openvino`` have
+            constant ranges of activations.
         scale_lr: Learning rate of learned scales, as a factor on the learning rate of their layer.
         seed: Seeds the counter-based noise of methods that draw random numbers.
         delay: Quantization delay: the optimizer steps (1 or more), or the share of the run (below 1), that
@@ -235,6 +238,11 @@ class QuantConfig:
             ``inherit``: as all others; None: float.
         strict: Refuse a model with weights that nothing here can reach, instead of listing them.
         distill: Learn from a teacher's outputs as well: a weight, ``Distill`` or a mapping of its fields.
+        kv_cache: Grid of the keys and values that a decoder of transformers keeps (``int8``, ``fp8``), one static
+            range each per layer; None: float.
+        setup: What is done to the float model before quantizers are attached, in this order: names of ``TRANSFORMS``,
+            or mappings of a name and its options, e.g. ``("smoothquant", {"name": "equalize", "relu6": True})``.
+        setup_batches: How many batches of training data ``setup`` looks at.
     """
 
     method: Any = "pege"
@@ -256,8 +264,15 @@ class QuantConfig:
     first_last: str | None = INHERIT
     strict: bool = False
     distill: Distill | None = None
+    kv_cache: str | None = None
+    setup: tuple[str | Mapping[str, Any], ...] = ()
+    setup_batches: int = 8
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "setup", _steps(self.setup))
+        if self.setup_batches < 1:
+            cure = "Use for example 8."
+            raise ValueError(explain("QuantConfig.setup_batches", "1 or more batches", self.setup_batches, cure))
         object.__setattr__(self, "rules", tuple(self.rules))
         object.__setattr__(self, "distill", Distill.parse(self.distill))
         object.__setattr__(self, "options", dict(self.options))
@@ -296,6 +311,8 @@ class QuantConfig:
             raise ValueError(explain("QuantConfig.operators", f"one of {ACTIVATION_BITS} bits", self.operators, cure))
         if self.first_last not in (INHERIT, None):
             parse_scheme(self.first_last)
+        if self.kv_cache is not None and self.kv_cache not in KV_CACHES:
+            raise ValueError(unknown("grid", self.kv_cache, KV_CACHES, "QuantConfig.kv_cache"))
 
     @staticmethod
     def parse(
@@ -310,6 +327,9 @@ class QuantConfig:
         >>> QuantConfig.parse("lsq", "w4a16-g32").weight.group_size
         32
         """
+        scheme, kv_cache = _split_kv(scheme)
+        if kv_cache is not None:
+            options.setdefault("kv_cache", kv_cache)
         weight, activation = parse_scheme(scheme)
         own = {f.name for f in fields(QuantConfig)} - {"method", "weight", "activation", "rules", "options"}
         settings = {k: options.pop(k) for k in list(options) if k in own}
@@ -373,6 +393,27 @@ class QuantConfig:
                 explain(str(path), "a mapping of settings", type(data).__name__, "See QuantConfig.to_yaml.")
             )
         return QuantConfig.from_dict(data, where=str(path))
+
+
+def _steps(given: Any) -> tuple[str | Mapping[str, Any], ...]:
+    """The entries of ``setup``; a name or a mapping stands for a list of one."""
+    steps = (given,) if isinstance(given, (str, Mapping)) else tuple(given)
+    for step in steps:
+        if not isinstance(step, str) and not (isinstance(step, Mapping) and isinstance(step.get("name"), str)):
+            cure = "Write for example smoothquant, or {name: equalize, relu6: true}."
+            raise ValueError(explain("QuantConfig.setup", "names, or mappings with a name", repr(step), cure))
+    return steps
+
+
+def _split_kv(scheme: str) -> tuple[str, str | None]:
+    """A scheme without the part that speaks of the cache, and that grid's name.
+
+    >>> _split_kv("w4a16-g32-kvfp8"), _split_kv("w8a8")
+    (('w4a16-g32', 'fp8'), ('w8a8', None))
+    """
+    head, sign, last = str(scheme).strip().lower().rpartition("-")
+    name = {"kv8": "int8", "kvfp8": "fp8"}.get(last)
+    return (head, name) if sign and name else (scheme, None)
 
 
 def parse_scheme(text: str) -> tuple[TensorSpec | None, TensorSpec | None]:

@@ -17,17 +17,19 @@ PACKAGES = ("lightning_quant", "hf_integration")
 # Lower layers first; a module may import its own layer and the ones before it.  What is not listed is at the edge:
 # it may import everything here, and nothing here may import it.
 LAYERS = (
-    ("errors", "version", "schedule", "distributed", "noise", "progress", "reuse", "report", "graph", "adapters"),
+    ("errors", "version", "schedule", "distributed", "noise", "progress", "reuse", "report"),
+    ("graph", "adapters", "targets", "zero"),
     ("spec",),
     ("granularity", "codebooks", "scales", "integer"),
     ("grid",),
     ("estimators", "observers", "ranges"),
     ("resolve", "settings", "metrics", "quantizer"),
-    ("norms", "operators", "packed", "bypass"),
-    ("layers", "transformers_layers", "experts", "lora"),
+    ("norms", "operators", "packed", "bypass", "kv_cache"),
+    ("layers", "transformers_layers", "experts", "lora", "bnb"),
     ("plan", "fast_path"),
     ("attach",),
-    ("calibration", "curvature", "optim", "parts", "outputs", "soft_targets", "distill"),
+    ("calibration", "curvature", "fused", "optim", "parts", "outputs", "soft_targets", "distill"),
+    ("transforms",),
     ("controller",),
 )
 EDGE = len(LAYERS)
@@ -143,17 +145,18 @@ def test_only_the_callback_imports_lightning():
 
 
 def test_the_core_knows_no_framework():
-    """One file each holds what only transformers and PEFT have; it is imported when a model does.  numpy is theirs."""
+    """One file each holds what only transformers, PEFT and bitsandbytes have; it is imported when a model does."""
     frameworks = {"lightning", "pytorch_lightning", "transformers", "accelerate", "peft", "datasets"}
-    frameworks |= {"numpy", "scipy", "matplotlib"}
+    frameworks |= {"numpy", "scipy", "matplotlib", "bitsandbytes"}
+    own = ("lightning_quant.transformers_layers", "lightning_quant.lora", "lightning_quant.bnb")
     for module, path in MODULES.items():
-        if rank(module) < EDGE and module not in ("lightning_quant.transformers_layers", "lightning_quant.lora"):
+        if rank(module) < EDGE and module not in own:
             roots = {target.split(".")[0] for target in imports(path)}
             assert not roots & frameworks, module
 
 
 BLOCKED = ("lightning", "pytorch_lightning", "transformers", "accelerate", "datasets", "peft", "compressed_tensors")
-BLOCKED += ("onnx", "onnxscript", "onnxruntime")
+BLOCKED += ("onnx", "onnxscript", "onnxruntime", "bitsandbytes", "gguf")
 PROGRAM = f"""
 import sys
 

@@ -18,7 +18,7 @@ from lightning_quant.granularity import Granularity
 from lightning_quant.grid import Grid
 from lightning_quant.quantizer import FakeQuantizer
 from lightning_quant.resolve import resolve_activation, resolve_weight
-from lightning_quant.scales import SCALE_FORMATS, e4m3, e8m0, power_of_two
+from lightning_quant.scales import SCALE_FORMATS, e4m3, e4m3_divisor, e8m0, power_of_two
 from lightning_quant.spec import TensorSpec
 from tests.loop import Run, check_folded, check_run
 
@@ -97,16 +97,24 @@ def test_vector_nvfp4_with_a_float_scale():
 def test_e4m3_scales_are_float8_times_one_number_per_tensor():
     absmax = torch.rand(64) * 5 + 1e-3
     scale = Grid(4, True, "e2m1", "e4m3").scale(absmax)
-    whole = absmax.max() / (6 * 448)
-    ratio = (absmax / 6 / whole).clamp(max=448)
-    torch.testing.assert_close(scale, ratio.to(torch.float8_e4m3fn).float() * whole, rtol=1e-6, atol=0)
-    torch.testing.assert_close(scale.max(), absmax.max() / 6)
+    divisor = 2.0 ** math.floor(math.log2(448 / float(absmax.max() / 6)))
+    stored = (absmax / 6 * divisor).to(torch.float8_e4m3fn)
+    assert 224 <= float(stored.float().max()) <= 448
+    assert torch.equal(scale, stored.float() / divisor)
     assert ((scale / (absmax / 6) - 1).abs()[absmax > 0.1] <= 1 / 16 + 1e-6).all()
+
+
+@given(st.lists(st.floats(2**-20, 2**20, width=32), min_size=1, max_size=9))
+def test_e4m3_scales_can_be_stored_again(values):
+    scale = e4m3(tensor(values), 6.0)
+    assert torch.equal(e4m3(scale, 6.0), scale)
+    divisor = e4m3_divisor(scale)
+    assert torch.equal((scale * divisor).to(torch.float8_e4m3fn).float() / divisor, scale)
 
 
 def test_e4m3_scales_far_below_the_largest_are_never_0():
     """A learned scale of 0 would divide by it."""
-    assert e4m3(tensor([1.0, 1e-9, 0.0]), 6.0).tolist() == pytest.approx([1.0, 2**-9 / 448, 0.0])
+    assert e4m3(tensor([1.0, 1e-9, 0.0]), 6.0).tolist() == pytest.approx([1.0, 2**-9 / 256, 0.0])
     q, weight = group_quantizer("e4m3", learn=True, method="lsq"), torch.randn(4, 64)
     q.fit_range(weight)
     q.scale.data[0, 0] = 1e-6

@@ -2,7 +2,8 @@
 
 The demo's small Llama is trained in float, and fine-tuned in float once.  Then each group of runs fine-tunes it at one
 width with the same order of data: alone, with the free teacher (itself with its quantizers bypassed, as
-``--quant_distill`` has it), and with the fine-tuned float model as its teacher (``--quant_teacher``).  What counts is
+``--quant_distill`` has it), and with the fine-tuned float model as its teacher (``--quant_teacher``); then with LoRA on
+the frozen weights, alone and with the free teacher, which is the float model before fine-tuning there.  What counts is
 the validation loss of the hard low-bit model.
 
     python examples/benchmarks/distill.py             # everything: some minutes on two cores
@@ -25,6 +26,7 @@ from typing import Any
 
 import torch
 from machine import machine
+from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, default_data_collator
 
 HERE = Path(__file__).resolve().parent
@@ -37,10 +39,12 @@ from hf_integration import QuantTrainer  # noqa: E402
 from lightning_quant import QuantConfig  # noqa: E402
 
 SCHEMES = ("w2a16-g32", "w3a16-g32")
-TEACHERS = {
-    "none": "none",
-    "free": "free: the weights in training, not rounded",
-    "tuned": "the fine-tuned float model",
+ARMS = {  # what is trained, the teacher, and the arm it is compared with
+    "none": ("all weights", "none", None),
+    "free": ("all weights", "free: the weights in training, not rounded", "none"),
+    "tuned": ("all weights", "the fine-tuned float model", "none"),
+    "lora": ("LoRA", "none", None),
+    "lora-free": ("LoRA", "free: the frozen weights, not rounded", "lora"),
 }
 
 
@@ -105,19 +109,23 @@ def measure(bench: Bench) -> dict[str, Any]:
     say(f"float model: {start:.4f}, fine-tuned in float {tuned:.4f}")
 
     def fine_tuned(scheme: str, arm: str, seed: int) -> float:
-        student = bench.model()
+        student: Any = bench.model()
         student.load_state_dict(weights)
-        distill = {"weight": args.weight, "temperature": args.temperature} if arm != "none" else None
+        if arm.startswith("lora"):
+            torch.manual_seed(seed)  # of A
+            lora = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+            student = get_peft_model(student, lora)
+        distill = {"weight": args.weight, "temperature": args.temperature} if ARMS[arm][2] else None
         quant = QuantConfig.parse("pege", scheme, distill=distill)
         return bench.run(student, args.steps, 1e-3, seed, quant=quant, teacher=model if arm == "tuned" else None)
 
     runs: dict[str, dict[str, list[float]]] = {}
     for scheme in SCHEMES:
-        found = runs[scheme] = {arm: [] for arm in TEACHERS}
+        found = runs[scheme] = {arm: [] for arm in ARMS}
         for seed in range(args.seeds):
-            for arm in TEACHERS:
+            for arm in ARMS:
                 found[arm].append(fine_tuned(scheme, arm, seed))
-                say(f"{scheme}, teacher {arm}, seed {seed}: {found[arm][-1]:.4f}")
+                say(f"{scheme}, {arm}, seed {seed}: {found[arm][-1]:.4f}")
     return {"float": start, "tuned": tuned, "runs": runs}
 
 
@@ -131,19 +139,20 @@ def table(results: dict[str, Any]) -> str:
     s, figures = results["settings"], results["figures"]
     lines = [
         f"Validation loss of the demo's model ({figures['float']:.4f} in float, {figures['tuned']:.4f} fine-tuned in "
-        f"float) after {s['steps']} steps of PEGE, with distillation of weight {s['weight']:g} and temperature "
-        f"{s['temperature']:g}: means of {s['seeds']} seeds on {results['machine']['processor']}.",
+        f"float) after {s['steps']} steps of PEGE (LoRA: rank {s['rank']}, all layers), with distillation of weight "
+        f"{s['weight']:g} and temperature {s['temperature']:g}: means of {s['seeds']} seeds on "
+        f"{results['machine']['processor']}.",
         "",
-        "| scheme | teacher | loss | difference | seed by seed |",
-        "|---|---|---|---|---|",
+        "| scheme | trained | teacher | loss | difference | seed by seed |",
+        "|---|---|---|---|---|---|",
     ]
     for scheme, arms in figures["runs"].items():
-        for arm, name in TEACHERS.items():
-            pairs = [a - b for a, b in zip(arms[arm], arms["none"], strict=True)]
-            cells = [scheme, name, f"{statistics.mean(arms[arm]):.4f}", "", ""]
-            if arm != "none":
+        for arm, (trained, teacher, base) in ARMS.items():
+            cells = [scheme, trained, teacher, f"{statistics.mean(arms[arm]):.4f}", "", ""]
+            if base is not None:
+                pairs = [a - b for a, b in zip(arms[arm], arms[base], strict=True)]
                 error = f" +- {statistics.stdev(pairs) / math.sqrt(len(pairs)):.4f}" if len(pairs) > 1 else ""
-                cells[3:] = f"{statistics.mean(pairs):+.4f}{error}", ", ".join(f"{p:+.4f}" for p in pairs)
+                cells[4:] = f"{statistics.mean(pairs):+.4f}{error}", ", ".join(f"{p:+.4f}" for p in pairs)
             lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "+-: the standard error of the mean difference."]
     return "\n".join(lines)
@@ -153,8 +162,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="print the Markdown table of --out and end")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    sizes = {"seeds": 3, "steps": 80, "pretrain": 520, "hidden": 192, "layers": 4, "vocab": 320, "tokens": 128}
-    for name, value in {**sizes, "batch": 16, "threads": os.cpu_count()}.items():
+    sizes = {
+        "seeds": 3,
+        "steps": 80,
+        "pretrain": 520,
+        "hidden": 192,
+        "layers": 4,
+        "vocab": 320,
+        "tokens": 128,
+        "rank": 16,
+    }
+    for name, value in {**sizes, "batch": 16, "rank": 16, "threads": os.cpu_count()}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--weight", type=float, default=1.0)
     parser.add_argument("--temperature", type=float, default=2.0)

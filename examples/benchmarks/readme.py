@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import re
 import sys
@@ -18,11 +19,18 @@ sys.path.insert(0, str(HERE.parent))
 
 import architectures  # noqa: E402
 import distill  # noqa: E402
+import export_7b  # noqa: E402
+import formats  # noqa: E402
 import logging_cost  # noqa: E402
 import overhead  # noqa: E402
+import ptq  # noqa: E402
+import qlora_memory  # noqa: E402
+import runtime  # noqa: E402
 from demo import table as demo_table  # noqa: E402
 
 from lightning_quant import ESTIMATORS, catalog  # noqa: E402
+from lightning_quant.transforms import TRANSFORMS  # noqa: E402
+from lightning_quant.transforms.setup import OWN  # noqa: E402
 
 
 def results(name: str) -> dict[str, Any]:
@@ -60,12 +68,33 @@ def methods_section() -> str:
     return "\n".join(lines).replace("``", "`")
 
 
+def setup_section() -> str:
+    lines = ["| transform | what | options | paper | file |", "|---" * 5 + "|"]
+    for name, transform in TRANSFORMS.items():
+        text = inspect.getdoc(transform) or ""
+        options = [
+            f"{p.name}={p.default!r}" for p in inspect.signature(transform).parameters.values() if p.name not in OWN
+        ]
+        link = "".join(f"[{n}](https://arxiv.org/abs/{n})" for n in re.findall(r"arXiv:(\d{4}\.\d{5})", text)[:1])
+        file = transform.__module__.replace(".", "/") + ".py"
+        what = text.splitlines()[0].rstrip(".").removesuffix(", in place").replace("|", "\\|").replace("``", "`")
+        given = ", ".join(f"`{option}`" for option in options)
+        lines.append(f"| `{name}` | {what} | {given} | {link} | [{Path(file).name}]({file}) |")
+    return "\n".join(lines)
+
+
 SECTIONS = {
+    "setup": setup_section,
     "methods": methods_section,
     "architectures": lambda: architectures.table(results("architectures")),
+    "formats": lambda: formats.table(results("formats")),
     "overhead": lambda: overhead.table(results("overhead")),
     "logging": lambda: logging_cost.table(results("logging")),
     "distill": lambda: distill.table(results("distill")),
+    "export": lambda: export_7b.table(results("export")),
+    "ptq": lambda: ptq.table(results("ptq")),
+    "qlora": lambda: qlora_memory.table(results("qlora")),
+    "runtime": lambda: runtime.table(results("runtime")),
     "demo": demo_section,
 }
 

@@ -108,6 +108,11 @@ class Estimator:
         """Whether it keeps state per weight element that no optimizer shards, which sharded weights rule out."""
         return False
 
+    @property
+    def moves_weights(self) -> bool:
+        """Whether ``project`` writes to the weight it is given."""
+        return self.holds_elements
+
     def role(self, is_weight: bool) -> Estimator:
         """The estimator of weights, or of layer inputs, where a method treats them differently."""
         return self

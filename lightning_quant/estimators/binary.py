@@ -98,6 +98,11 @@ class BinaryWeights(_Sign):
         """1/n: alpha's own dependence on w, as the paper writes it."""
         return scale.numel() / max(x.numel(), 1)
 
+    @property
+    def moves_weights(self) -> bool:
+        """BinaryNet clips them."""
+        return self.alpha == "none"
+
     def project(self, quantizer: FakeQuantizer, weight: Tensor | None = None) -> None:
         """BinaryNet's latent weights stay in [-1, 1], outside of which their gradient is 0."""
         if self.alpha == "none" and quantizer.grid.bits == 1 and weight is not None:

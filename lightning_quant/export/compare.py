@@ -10,14 +10,18 @@ from torch import Tensor, nn
 
 from lightning_quant.adapters import float_paths
 from lightning_quant.attach import quant_layers, quantizers
-from lightning_quant.errors import explain
+from lightning_quant.errors import CheckpointError, explain
 from lightning_quant.export.stored import Stored
 from lightning_quant.export.verdict import LayerCheck, VerifyReport
 from lightning_quant.export.writer import float_tensors
 
 
 def compare(
-    stored: Stored, trained: nn.Module, inputs: Mapping[str, Tensor] | None, tolerance: float | None
+    stored: Stored,
+    trained: nn.Module,
+    inputs: Mapping[str, Tensor] | None,
+    tolerance: float | None,
+    logits: bool = True,
 ) -> VerifyReport:
     """Tensor by tensor, then through the format's reader.
 
@@ -26,15 +30,16 @@ def compare(
         trained: The model with its quantizers, as it ships.
         inputs: Keyword inputs of the model; None: 2 x 32 token ids drawn with a fixed seed.
         tolerance: Largest logit difference that counts as equal; None: the reader's own.
+        logits: Whether to run the models; without, one tensor is in memory at a time.
     """
     contents, other = _contents(stored, trained)
     notes = _notes(trained, stored)
-    outputs, logits = _outputs(stored, trained, inputs)
+    outputs, gaps = _outputs(stored, trained, inputs) if logits else ({}, (0.0, 0.0))
     order = [p for p in outputs if p in contents] + [p for p in contents if p not in outputs]
     checks = [LayerCheck(p, *contents[p], outputs.get(p, 0.0)) for p in order]
     if tolerance is None:
         tolerance = stored.tolerance
-    return VerifyReport(str(stored.path), stored.format, *logits, tolerance, checks, other, notes)
+    return VerifyReport(str(stored.path), stored.format, *gaps, tolerance, checks, other, notes + stored.notes, logits)
 
 
 def _contents(stored: Stored, trained: nn.Module) -> tuple[dict[str, tuple[int, float]], list[str]]:
@@ -73,9 +78,13 @@ def _outputs(
         layer.weight_name(str(names[p])).removesuffix(".weight"): layer.runs_in(p) for p, layer in quant_layers(trained)
     }
     paths = {p: str(names[p]) for p in layers.values()}
-    with _ReaderRules(trained, stored.rounds_inputs):
+    with _ReaderRules(trained, stored), stored.following(trained, shipped, inputs):
         theirs = _run(trained, {k: v.to(device) for k, v in inputs.items()}, paths)
-    ours = _run(shipped, inputs, {name: name for name in paths.values()})
+    try:
+        ours = _run(shipped, inputs, {name: name for name in paths.values()})
+    except Exception as error:  # a reader may find only now that a file is not what it says
+        where, expected = str(stored.path), "an export that its reader can run"
+        raise CheckpointError(explain(where, expected, f"{error!r:.300}", "Export again.")) from error
     gaps = {p: float((ours[p] - theirs[p]).abs().max()) for p in theirs if p in ours and p}
     outputs = {layer: gap for ran, gap in gaps.items() for layer, at in layers.items() if paths[at] == ran}
     gap = (ours[""] - theirs[""]).abs()
@@ -120,25 +129,20 @@ class _ReaderRules:
     After training in mixed precision accelerate leaves a forward on the model that turns autocast on.
     """
 
-    def __init__(self, trained: nn.Module, rounds_inputs: bool) -> None:
-        self.trained, self.rounds_inputs = trained, rounds_inputs
+    def __init__(self, trained: nn.Module, stored: Stored) -> None:
+        self.trained, self.rule, self.rounds_inputs = trained, stored.rule, stored.rounds_inputs
 
     def __enter__(self) -> None:
-        self.layers = [(layer, layer.input_quant) for _, layer in quant_layers(self.trained)]
-        self.targets = [(q, q.target) for _, q in quantizers(self.trained)]
-        for q, _ in self.targets:
-            q.target = "transformers"
-        if not self.rounds_inputs:
-            for layer, _ in self.layers:
-                layer.input_quant = None
+        self.before = [(q, q.target, q.enabled) for _, q in quantizers(self.trained)]
+        for q, _, _ in self.before:
+            q.target = self.rule
+            q.enabled = q.enabled and (q.is_weight or self.rounds_inputs)
         self.forward = self.trained.__dict__.get("forward")
         if "_original_forward" in self.trained.__dict__:
             self.trained.forward = self.trained._original_forward  # type: ignore[assignment]
 
     def __exit__(self, *error: object) -> None:
-        for q, target in self.targets:
-            q.target = target
-        for layer, inputs in self.layers:
-            layer.input_quant = inputs
+        for q, target, enabled in self.before:
+            q.target, q.enabled = target, enabled
         if self.forward is not None:
             self.trained.forward = self.forward

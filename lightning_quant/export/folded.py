@@ -13,9 +13,8 @@ from lightning_quant.errors import explain
 from lightning_quant.estimators import overrides
 from lightning_quant.export.layout import on_disk
 from lightning_quant.export.stored import StoredTensors
-from lightning_quant.export.writer import Sink, float_tensors, write_model_files
+from lightning_quant.export.writer import Sink, write_model_files
 from lightning_quant.layers import QuantLayer
-from lightning_quant.progress import track
 from lightning_quant.spec import QuantConfig
 
 
@@ -30,7 +29,7 @@ def write_folded(
         ValueError: See ``check_folded``.
     """
     check_folded(model)
-    for name, tensor, layer in track(list(float_tensors(model)), "writing weights"):
+    for name, tensor, layer in sink.weights(model):
         value = whole(tensor) if layer is None else layer.on_grid()
         for key, part in on_disk(model, name, value).items():
             sink.add(key, part)

@@ -19,12 +19,16 @@ from lightning_quant.export.compressed_tensors import (
     write_compressed_tensors,
 )
 from lightning_quant.export.folded import StoredFolded, check_folded, is_folded, write_folded
+from lightning_quant.export.gguf import check_gguf, is_gguf, write_gguf
+from lightning_quant.export.gptq import StoredGptq, check_gptq, is_gptq, write_gptq
 from lightning_quant.export.onnx_qdq import check_onnx, is_onnx, write_onnx
 from lightning_quant.export.stored import Stored
+from lightning_quant.export.torchao import StoredTorchao, check_torchao, is_torchao, write_torchao
 from lightning_quant.export.verdict import VerifyReport
+from lightning_quant.export.verify_gguf import StoredGguf
 from lightning_quant.export.verify_onnx import verify_onnx
 
-Comparer = Callable[[nn.Module, Any, float | None], VerifyReport]
+Comparer = Callable[[nn.Module, Any, float | None, bool], VerifyReport]
 
 
 @dataclass(frozen=True)
@@ -36,13 +40,15 @@ class Format:
         check: ``check(model)``, before training, refuses a model that ``write`` would refuse after it.
         holds: Whether a directory holds such an export, seen from its files' names and config.json.
         opened: ``opened(path)`` reads an export so far that damage shows, and returns what compares it with a model:
-            ``(trained, inputs, tolerance) -> VerifyReport``.
+            ``(trained, inputs, tolerance, logits) -> VerifyReport``.
+        streams: Whether ``write`` reads weights by ``float_tensors`` alone, so that they may be on disk.
     """
 
     write: Callable[..., None]
     check: Callable[[nn.Module], None]
     holds: Callable[[Path], bool]
     opened: Callable[[Path], Comparer]
+    streams: bool = True
 
 
 def _through(kind: type[Stored]) -> Callable[[Path], Comparer]:
@@ -50,10 +56,13 @@ def _through(kind: type[Stored]) -> Callable[[Path], Comparer]:
 
 
 FORMATS: dict[str, Format] = {
+    "torchao": Format(write_torchao, check_torchao, is_torchao, _through(StoredTorchao)),
+    "gptq": Format(write_gptq, check_gptq, is_gptq, _through(StoredGptq)),
     "compressed-tensors": Format(
         write_compressed_tensors, check_compressed_tensors, is_compressed, _through(StoredCompressed)
     ),
-    "onnx": Format(write_onnx, check_onnx, is_onnx, lambda path: partial(verify_onnx, path)),
+    "onnx": Format(write_onnx, check_onnx, is_onnx, lambda path: partial(verify_onnx, path), streams=False),
+    "gguf": Format(write_gguf, check_gguf, is_gguf, _through(StoredGguf)),
     "folded": Format(write_folded, check_folded, is_folded, _through(StoredFolded)),
 }
 

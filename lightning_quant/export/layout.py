@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,32 +27,58 @@ def on_disk(model: nn.Module, name: str, tensor: Tensor) -> dict[str, Tensor]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 
-    rules = getattr(model, "_weight_conversions", None) or get_model_conversion_mapping(model, add_legacy=False)  # type: ignore[arg-type]
+    rules: Any = getattr(model, "_weight_conversions", None)  # none at all for a model that none was used to load
+    rules = get_model_conversion_mapping(model, add_legacy=False) if rules is None else rules  # type: ignore[arg-type]
+    if not rules:
+        return {name: tensor}
     if any(isinstance(rule, WeightConverter) and len(rule.target_patterns) > 1 for rule in rules):
         return {name: tensor}
     parts: dict[str, Tensor] = revert_weight_conversion(model, {name: tensor})  # type: ignore[arg-type]
     return parts
 
 
+class Matrix(NamedTuple):
+    """What a format of matrices stores of a weight, or of one of its experts.
+
+    Attributes:
+        path: The layer's, on disk.
+        codes: (out, in), int8 (on a codebook int16 places).
+        scale: (out, groups), real.
+        zero: Zero points, (out, groups), in codes; None where they are fixed.
+        offset: Real level of the lowest code, (out, groups); None for ranges without one.
+    """
+
+    path: str
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None = None
+    offset: Tensor | None = None
+
+
 @torch.no_grad()
-def stored_parts(model: nn.Module, name: str, layer: QuantLayer) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """What a format of matrices stores of a weight: path, codes (out, in) and scales (out, groups) of each matrix.
+def stored_parts(model: nn.Module, name: str, layer: QuantLayer) -> Iterator[Matrix]:
+    """The matrices of a weight: one, or one per expert.
 
     Args:
         model: The model.
         name: The weight's name in it.
         layer: The layer that owns the weight.
     """
-    codes, scale, _, _ = layer.weight_quant.stored(layer.folded()[0])
+    codes, *numbers = layer.weight_quant.stored(layer.folded()[0])
     rows = layer.weight_quant.rows[0]
-    scale = scale.expand(rows).unsqueeze(1) if scale.ndim == 1 else scale
+    columns = [
+        (n.expand(rows).unsqueeze(1) if n.ndim == 1 else n) if isinstance(n, Tensor) and n.ndim else None
+        for n in numbers
+    ]
     if not isinstance(layer, ExpertWeight):
-        yield name.removesuffix(".weight"), codes, scale
+        yield Matrix(name.removesuffix(".weight"), codes, *columns)  # type: ignore[arg-type]
         return
     axis = layer.output_axis
-    scales = on_disk(model, name, scale.reshape(len(codes), codes.shape[axis], -1).movedim(1, axis))
+    shape = (len(codes), codes.shape[axis], -1)
+    parts = [None if c is None else on_disk(model, name, c.reshape(shape).movedim(1, axis)) for c in columns]
     for key, part in on_disk(model, name, codes).items():
-        yield key.removesuffix(".weight"), part, scales[key]
+        own = [None if p is None else p[key] for p in parts]
+        yield Matrix(key.removesuffix(".weight"), part, *own)  # type: ignore[arg-type]
 
 
 def splits(model: nn.Module, name: str, layer: ExpertWeight) -> bool:

@@ -16,64 +16,63 @@ With its default optimizations it runs integer kernels and rounds some values di
 
 from __future__ import annotations
 
-import ast
 import copy
-import inspect
-import logging
-import warnings
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from lightning_quant.attach import quant_layers, quantizers
 from lightning_quant.errors import explain
 from lightning_quant.estimators import overrides
+from lightning_quant.experts import ExpertWeight
+from lightning_quant.export.onnx_inputs import example_inputs
+from lightning_quant.export.onnx_trace import BITS, QUANTIZER, finish, trace
 from lightning_quant.export.writer import Sink, float_tensors, write_model_files
-from lightning_quant.layers import QuantLayer
+from lightning_quant.layers import QuantLayer, unpack_all
 from lightning_quant.quantizer import FakeQuantizer
 from lightning_quant.spec import QuantConfig
 
 MODEL_FILE = "model.onnx"
-OPSET = 21  # the first with 4-bit integers and scales per block
-QUANTIZER, BITS = "lightning_quant.quantizer", "lightning_quant.bits"  # notes on QuantizeLinear and DequantizeLinear
-PRODUCTS = {"QuantizeLinear": "quantized", "Clip": "clipped", "DequantizeLinear": "real"}
+DATA_FILE = "model.onnx.data"
+LARGEST = 2**31 - 2**26  # bytes of constants in the file itself: a protobuf message ends at 2 GiB
 
 
 def write_onnx(
     model: nn.Module, sink: Sink, *, target: str | None, tokenizer: Any, config: QuantConfig | None, inputs: Any
 ) -> None:
-    """Write ``model.onnx``.  The batch, the inputs' first dimension, stays free.
+    """Write ``model.onnx``, beside it ``model.onnx.data`` for constants that are too many for one file.
+
+    The batch, the inputs' first dimension, stays free, and of text the number of tokens.
 
     Raises:
         ValueError: No example inputs, a layer ONNX has no exact form for (named), or a forward that cannot be traced.
     """
     args, kwargs = example_inputs(model, inputs)
-    for path, quantizer in quantizers(model):
-        _check(path, quantizer)
+    _check_model(model)
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "full_tensor") or (parameter.is_floating_point() and parameter.dtype != torch.float32):
             got = "a sharded one" if hasattr(parameter, "full_tensor") else str(parameter.dtype)
             cure = "Load the checkpoint in one process and call model.float(); its codes and scales stay."
             raise ValueError(explain(f"{name} (format='onnx')", "a whole float32 parameter", got, cure))
     if sink.writes:
-        program = _trace(_with_operators(model), args, kwargs)
-        _finish(program.model)
-        program.save(sink.directory / MODEL_FILE)
-        size = sum(tensor.numel() * tensor.element_size() for _, tensor, _ in float_tensors(model))
-        sink.file(MODEL_FILE, size)
+        program = trace(_with_operators(model), args, kwargs)
+        finish(program.model)
+        held = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
+        program.save(sink.directory / MODEL_FILE, external_data=held > LARGEST)
+        sink.file(MODEL_FILE, sum(tensor.numel() * tensor.element_size() for _, tensor, _ in float_tensors(model)))
+        if held > LARGEST:
+            sink.file(DATA_FILE, 0)
     write_model_files(model, sink, tokenizer, config, None)
 
 
 def check_onnx(model: nn.Module) -> None:
-    """Refuse, before training, a quantizer that ``write_onnx`` would refuse after it; nothing is traced."""
-    for path, quantizer in quantizers(model):
-        _check(path, quantizer, trained=False)
+    """Refuse, before training, what ``write_onnx`` without inputs would refuse after it; nothing is traced."""
+    _check_model(model, trained=False)
+    if hasattr(model, "save_pretrained"):
+        example_inputs(model, None)
 
 
 def is_onnx(path: Path) -> bool:
@@ -81,47 +80,21 @@ def is_onnx(path: Path) -> bool:
     return (path / MODEL_FILE).is_file()
 
 
-def example_inputs(model: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments to trace a model with, of at least two samples.
-
-    One sample would be repeated: tracing takes a batch of 1 for a constant.
-
-    Args:
-        model: A LightningModule's ``example_input_array`` stands in for missing inputs.
-        inputs: One tensor, a tuple or list (positional), a mapping (keywords), or None.
-
-    Raises:
-        ValueError: None, or tensors that do not share their first dimension.
-    """
-    if inputs is None:
-        inputs = getattr(model, "example_input_array", None)
-    if inputs is None:
-        cure = "Pass inputs=, a tensor, tuple or mapping as forward takes it, or set example_input_array."
-        raise ValueError(explain("format='onnx'", "example inputs to trace the model with", "none", cure))
-    args, kwargs = arguments(inputs)
-    tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-    sizes = {len(t) if t.ndim else 0 for t in tensors}
-    if len(sizes) != 1 or 0 in sizes:
-        got = f"shapes {[tuple(t.shape) for t in tensors]}"
-        raise ValueError(explain("inputs", "tensors whose first dimension is one batch", got, "Pass such inputs."))
-
-    def prepare(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        value = value.detach().cpu()
-        return torch.cat([value, value]) if len(value) == 1 else value
-
-    return tuple(prepare(v) for v in args), {k: prepare(v) for k, v in kwargs.items()}
+def _check_model(model: nn.Module, trained: bool = True) -> None:
+    missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
+    if missing:
+        cure = "pip install lightning-quant[onnx]."
+        raise ValueError(explain("format='onnx'", "onnx and onnxscript", f"no {' and no '.join(missing)}", cure))
+    for path, layer in quant_layers(model):
+        if isinstance(layer, ExpertWeight):
+            where, got = f"{path} (format='onnx')", "experts in one tensor, of which each token chooses some"
+            cure = "Use format='compressed-tensors' or 'gguf'."
+            raise ValueError(explain(where, "layers that every token goes through", got, cure))
+    for path, quantizer in quantizers(model):
+        _check(path, quantizer, trained)
 
 
-def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A tensor, tuple, list or mapping as positional and keyword arguments."""
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
-
-
-def _check(path: str, q: FakeQuantizer, trained: bool = True) -> None:
+def _check(path: str, q: FakeQuantizer, trained: bool) -> None:
     """Refuse what DequantizeLinear cannot say, so that what is written computes what was trained."""
 
     def refuse(expected: str, got: object, cure: str) -> ValueError:
@@ -144,7 +117,7 @@ def _check(path: str, q: FakeQuantizer, trained: bool = True) -> None:
         raise refuse("activations on a static range", "a range per token, taken anew at every call", cure)
     if trained and not q.ready:
         raise refuse("a calibrated range", "none yet", "Train, or call calibrate(model, batches).")
-    if q.is_weight and q.granularity.kind == "group" and (len(q.shape) != 2 or q.granularity.axis != 0):
+    if q.is_weight and q.granularity.kind == "group" and len(q.shape) != 2:
         raise refuse("groups along the rows of a matrix", f"a weight of shape {q.shape}", "Train with -channel.")
     if q.is_weight and q.granularity.kind == "pixel" and len(q.shape) > 2:
         raise refuse("scales per tensor, channel or group", "one per place of the kernel", "Train with -channel.")
@@ -204,7 +177,8 @@ def stored_weight(layer: QuantLayer) -> tuple[Tensor, Tensor, Tensor, float]:
     Levels half a step off 0 are odd numbers of half steps, of one bit more, with zero point 0: the same floats.
 
     Returns:
-        Codes, int8, in the weight's shape; scales and zero points (int8), each as its quantizer shapes them; bits.
+        Codes, int8, in the weight's shape; scales and zero points (int8), 0-dim per tensor, 1-D per channel, per group
+        in the weight's shape with a number for each group; bits.
     """
     q = layer.weight_quant
     codes, scale, zero, _ = q.stored(layer.folded()[0])
@@ -212,6 +186,10 @@ def stored_weight(layer: QuantLayer) -> tuple[Tensor, Tensor, Tensor, float]:
     if _half(q):
         codes, scale, zero, bits = 2 * codes + 1, scale / 2, 0.0, bits + 1
     zero = zero if isinstance(zero, Tensor) else torch.full_like(scale, zero)
+    if q.granularity.kind == "group":
+        scale, zero = (t.T.contiguous() if q.granularity.axis else t for t in (scale, zero))
+    else:
+        scale, zero = (t.reshape(() if q.granularity.kind == "tensor" else (-1,)) for t in (scale, zero))
     return codes, scale, zero.to(torch.int8), bits
 
 
@@ -227,13 +205,28 @@ def zero_point(q: FakeQuantizer) -> Tensor:
 
 @torch.no_grad()
 def _with_operators(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode whose quantizers are ONNX operators on constants."""
-    traced = copy.deepcopy(model).cpu().eval()
+    """A copy in evaluation mode whose quantizers are ONNX operators on constants; it shares the model's parameters.
+
+    Weights that are one tensor in the model, on one grid, are stored once, under the name of the first.
+    """
+    shared = {id(p): nn.Parameter(p.detach().cpu(), requires_grad=False) for p in model.parameters() if _plain(p)}
+    traced = unpack_all(copy.deepcopy(model, shared)).cpu().eval()
+    for module in traced.modules():
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "use_cache", False):
+            config.use_cache = False  # outputs are tensors, not a cache
+        if "_original_forward" in module.__dict__:  # accelerate's, which turns autocast on
+            del module.__dict__["forward"], module.__dict__["_original_forward"]
+    first: dict[int, FakeQuantizer] = {}
     for path, layer in quant_layers(traced):
         _, bias = layer.folded()
         _become_weight(f"{path}.weight_quant" if path else "weight_quant", layer)
         layer.__dict__.pop("folds", None)
         layer.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+        if isinstance(layer.weight, nn.Parameter):
+            owner: Any = first.setdefault(id(layer.weight), layer.weight_quant)
+            if owner is not layer.weight_quant and _alike(owner, layer.weight_quant):
+                layer.weight_quant = owner
     for path, q in quantizers(traced):
         if not q.is_weight:
             scale, zero = q.range.scale(q).reshape(()), zero_point(q)
@@ -242,103 +235,23 @@ def _with_operators(model: nn.Module) -> nn.Module:
     return traced
 
 
+def _plain(parameter: nn.Parameter) -> bool:
+    return type(parameter) is nn.Parameter
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two weights are stored as the same numbers."""
+    mine, theirs = dict(one.named_buffers()), dict(other.named_buffers())
+    return one.attributes == other.attributes and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
 def _become_weight(path: str, layer: QuantLayer) -> None:
     codes, scale, zero, bits = stored_weight(layer)
     q = layer.weight_quant
-    attributes: dict[str, Any] = {}
+    q.attributes = {}  # type: ignore[assignment]
     if q.granularity.kind == "group":
-        attributes = {"axis": 1, "block_size": q.granularity.group_size}
-    else:
-        whole = q.granularity.kind == "tensor"
-        attributes = {} if whole else {"axis": q.granularity.axis}
-        scale, zero = (t.reshape(() if whole else (-1,)) for t in (scale, zero))
+        q.attributes = {"axis": 1 - (q.granularity.axis or 0), "block_size": q.granularity.group_size}  # type: ignore[assignment]
+    elif q.granularity.kind != "tensor":
+        q.attributes = {"axis": q.granularity.axis}  # type: ignore[assignment]
     q.__class__ = _Weight
     q.become(path, bits, _codes=codes, _scale=scale, _zero=zero)  # type: ignore[operator]
-    q.attributes = attributes  # type: ignore[assignment]
-
-
-def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    batch = torch.export.Dim("batch")
-    try:
-        named = inspect.signature(model.forward).bind(*args, **kwargs).arguments  # as torch.export names them
-    except TypeError as error:
-        expected = f"arguments of {type(model).__name__}.forward{inspect.signature(model.forward)}"
-        raise ValueError(explain("inputs", expected, error, "Pass what forward takes.")) from error
-    shapes = tree_map(lambda value: {0: batch} if isinstance(value, Tensor) else None, dict(named))
-    try:
-        with _quiet():
-            return torch.onnx.export(
-                model,
-                args,
-                kwargs=kwargs,
-                dynamo=True,
-                dynamic_shapes=shapes,
-                opset_version=OPSET,
-                verbose=False,
-            )
-    except torch.onnx.OnnxExporterError as error:
-        expected = "a forward that torch.export can trace with a batch of any size"
-        got = f"{type(error.__cause__ or error).__name__}: {str(error.__cause__ or error).strip().splitlines()[0]}"
-        cure = "Keep decisions on values and on the batch's size out of forward; the error above has the place."
-        raise ValueError(explain(f"{type(model).__name__} (format='onnx')", expected, got, cure)) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Leave out what the exporter says about packages that are not installed and about its own deprecations."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
-            warnings.filterwarnings("ignore", message=".*flatten dynamic_shapes.*")  # an argument that is no tensor
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def _finish(model: Any) -> None:
-    """Give every quantizer its own named constants, pack narrow codes, drop the trace's notes (they hold source paths).
-
-    The exporter lets layers share small constants that are equal.  Afterwards a reader finds ``<path>.codes``,
-    ``<path>.scale`` and ``<path>.zero`` for every quantizer, and node names begin with the module's path.
-
-    Args:
-        model: An ``onnx_ir.Model``, changed in place.
-    """
-    import onnx_ir as ir
-
-    graph, own = model.graph, {}
-    calls: Counter[str] = Counter()
-    for node in graph.all_nodes():
-        notes = dict(node.metadata_props)
-        scopes = ast.literal_eval(notes.get("pkg.torch.onnx.name_scopes", "['', '']"))
-        node.name = f"{scopes[-2]}/{node.name}" if scopes[-2] else node.name
-        node.doc_string = None
-        node.metadata_props.clear()
-        if QUANTIZER not in notes:
-            continue
-        product = f"{notes[QUANTIZER]}.{PRODUCTS[node.op_type]}"
-        calls[product] += 1
-        if not node.outputs[0].is_graph_output():
-            node.outputs[0].name = product if calls[product] == 1 else f"{product}_{calls[product]}"
-        if node.op_type == "Clip":
-            continue
-        node.metadata_props.update({key: notes[key] for key in (QUANTIZER, BITS)})
-        for i, part in enumerate(("codes", "scale", "zero")):
-            shared, name = node.inputs[i], f"{notes[QUANTIZER]}.{part}"
-            if shared.is_initializer():
-                if name not in own:
-                    kind, array = shared.dtype, shared.const_value.numpy()
-                    if kind == ir.DataType.INT8 and float(notes[BITS]) <= 4:
-                        kind = ir.DataType.INT4
-                    tensor = ir.Tensor(array.astype(kind.numpy()), dtype=kind, name=name)
-                    own[name] = ir.Value(
-                        name=name, type=ir.TensorType(kind), shape=ir.Shape(array.shape), const_value=tensor
-                    )
-                node.replace_input_with(i, own[name])
-    for value in [v for v in graph.initializers.values() if not v.uses()]:
-        del graph.initializers[value.name]
-    for value in own.values():
-        graph.register_initializer(value)

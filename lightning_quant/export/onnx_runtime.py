@@ -10,11 +10,16 @@ import torch
 from torch import Tensor
 
 from lightning_quant.errors import CheckpointError, explain
-from lightning_quant.export.onnx_qdq import MODEL_FILE, arguments
+from lightning_quant.export.onnx_inputs import arguments
+from lightning_quant.export.onnx_qdq import MODEL_FILE
 
 
-def read_model(path: str | Path) -> Any:
+def read_model(path: str | Path, whole: bool = True) -> Any:
     """The ``onnx.ModelProto`` of a file, or of the directory that ``export`` wrote.
+
+    Args:
+        path: File or directory.
+        whole: With what is stored in ``model.onnx.data``, if there is such a file.
 
     Raises:
         CheckpointError: No such file, or a damaged one.
@@ -22,14 +27,17 @@ def read_model(path: str | Path) -> Any:
     import onnx
     from google.protobuf.message import DecodeError
 
-    path = Path(path)
-    file = path / MODEL_FILE if path.is_dir() else path
+    file = _file(path)
     try:
-        return onnx.load(str(file))
-    except (OSError, DecodeError) as error:
+        return onnx.load(str(file), load_external_data=whole)
+    except (OSError, DecodeError, onnx.checker.ValidationError) as error:
         raise CheckpointError(
             explain(str(file), "a whole ONNX file", f"{type(error).__name__}: {error}", "Export again.")
         ) from error
+
+
+def _file(path: str | Path) -> Path:
+    return Path(path) / MODEL_FILE if Path(path).is_dir() else Path(path)
 
 
 def constants(path: str | Path) -> dict[str, Tensor]:
@@ -78,12 +86,13 @@ def run_onnxruntime(path: str | Path, inputs: Any, also: Iterable[str] = ()) -> 
     import onnx
     import onnxruntime
 
-    model = read_model(path)
+    model = read_model(path, whole=False)
     kinds = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
     for name in {*also} - {value.name for value in model.graph.output}:
         model.graph.output.append(onnx.helper.make_tensor_value_info(name, kinds[name], None))
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(_file(path).parent))
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     found = session.run(None, {name: value.numpy() for name, value in feeds(model, inputs).items()})
     return {out.name: torch.from_numpy(value) for out, value in zip(session.get_outputs(), found, strict=True)}

@@ -6,6 +6,7 @@ import copy
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,7 +18,7 @@ from lightning_quant.attach import detach
 from lightning_quant.errors import CheckpointError, explain
 from lightning_quant.export.layout import on_disk
 from lightning_quant.export.writer import config_json
-from lightning_quant.layers import QuantLayer
+from lightning_quant.layers import QuantLayer, unpack_all
 
 PASSING = ("transformers_version", "_name_or_path", "use_cache")  # of no consequence for what a model computes
 ANOTHER = "It was exported from another model; export again."
@@ -26,7 +27,8 @@ ANOTHER = "It was exported from another model; export again."
 class Stored(ABC):
     """What ``compare`` asks of a format.
 
-    Class attributes: ``format``, its name; ``rounds_inputs``, whether its reader quantizes layers' inputs;
+    Class attributes: ``format``, its name; ``rounds_inputs``, whether its reader quantizes layers' inputs; ``rule``,
+    the target whose dynamic scales it has;
     ``tolerance``, the largest difference of a logit that its reader itself causes, and ``reason``, why it does.
 
     Args:
@@ -38,11 +40,13 @@ class Stored(ABC):
 
     format: ClassVar[str]
     rounds_inputs: ClassVar[bool] = True
-    tolerance: ClassVar[float] = 0.0
+    rule: ClassVar[str] = "transformers"
+    tolerance: float = 0.0
     reason: ClassVar[str] = ""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.notes: list[str] = []  # what else the report says
 
     @abstractmethod
     def layer(self, model: nn.Module, name: str, layer: QuantLayer) -> tuple[int, float]:
@@ -55,6 +59,12 @@ class Stored(ABC):
     @abstractmethod
     def odd(self, trained: nn.Module) -> list[str]:
         """What else is stored that was not trained: further tensors, other settings.  Asked last."""
+
+    def following(
+        self, trained: nn.Module, shipped: nn.Module, inputs: Mapping[str, Tensor]
+    ) -> AbstractContextManager[None]:
+        """While open, the trained model rounds inputs as the reader does, where that is another arithmetic."""
+        return nullcontext()
 
     @abstractmethod
     def read(self, trained: nn.Module) -> nn.Module:
@@ -131,7 +141,7 @@ class StoredTensors(Stored):
     def read(self, trained: nn.Module) -> nn.Module:
         """Through transformers for its models, by plain ``load_state_dict`` for others."""
         if not hasattr(trained, "save_pretrained"):
-            plain = detach(without_adapters(copy.deepcopy(trained)), fold=False).cpu()
+            plain = unpack_all(detach(without_adapters(copy.deepcopy(trained)), fold=False)).cpu()
             plain.load_state_dict({name: self.tensor(name) for name in self.files})
             return plain.eval()
         return read_pretrained(self.path, trained)

@@ -41,6 +41,7 @@ class VerifyReport:
         layers: One entry per quantized layer, in the order they ran.
         other: Names of unquantized tensors that differ from the trained ones.
         notes: What the numbers do not cover, and why.
+        ran: Whether the models ran; if not, logits and outputs are not compared.
     """
 
     path: str
@@ -51,6 +52,7 @@ class VerifyReport:
     layers: list[LayerCheck]
     other: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    ran: bool = True
 
     @property
     def ok(self) -> bool:
@@ -77,7 +79,9 @@ class VerifyReport:
             f"{'EQUAL' if self.ok else 'DIFFERENT'}: {self.path} ({self.format})",
             f"  {len(self.layers)} quantized layers: {codes} integers differ, max|d scale| = {scale:.3g}",
             f"  verify max|d logits| = {self.max_abs_diff} (mean {self.mean_abs_diff:.3g}, "
-            f"tolerance {self.tolerance:.3g})",
+            f"tolerance {self.tolerance:.3g})"
+            if self.ran
+            else "  logits were not compared",
         ]
         if not self.ok:
             lines.append(f"  first difference: {self.first_difference}")

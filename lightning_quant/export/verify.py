@@ -10,7 +10,9 @@ from torch import nn
 from lightning_quant.adapters import acting_beside
 from lightning_quant.attach import quant_layers
 from lightning_quant.checkpoint import load_training_checkpoint
+from lightning_quant.export.atomic import SUMS, check_sums
 from lightning_quant.export.formats import format_of
+from lightning_quant.export.streamed import open_training_directory
 from lightning_quant.export.verdict import VerifyReport
 from lightning_quant.export.writer import as_shipped, shipped_model
 
@@ -20,8 +22,11 @@ def verify(
     model_or_training_dir: nn.Module | str | Path,
     inputs: Any = None,
     tolerance: float | None = None,
+    logits: bool = True,
 ) -> VerifyReport:
     """Compare an export, through its real reader, with the model that was trained.
+
+    First its files with SHA256SUMS, then integers, scales and float tensors one by one, then the outputs.
 
     Args:
         path: The export.
@@ -30,6 +35,7 @@ def verify(
             seed (onnx: ``example_input_array``).
         tolerance: Largest logit difference that counts as equal; None: what the format's reader causes itself, 0 for
             those that are exact in float32.
+        logits: Run both models.  Without, and given a training directory, one tensor is in memory at a time.
 
     Returns:
         The comparison; ``.ok`` is the verdict.
@@ -38,15 +44,21 @@ def verify(
         CheckpointError: Either side is missing, damaged or not what it claims to be.
     """
     path = Path(path)
-    compare = format_of(path).opened(path)
+    format = format_of(path)
+    changed = check_sums(path)
+    compare = format.opened(path)
     if isinstance(model_or_training_dir, nn.Module):
         trained = model_or_training_dir
     else:
-        trained = load_training_checkpoint(model_or_training_dir)
+        lazy = None if logits else open_training_directory(model_or_training_dir)
+        trained = load_training_checkpoint(model_or_training_dir) if lazy is None else lazy
     trained = shipped_model(trained)
     beside = [p for p, _ in acting_beside(trained, {id(layer) for _, layer in quant_layers(trained)})]
     with as_shipped(trained):
-        report = compare(trained, inputs, tolerance)
+        report = compare(trained, inputs, tolerance, logits)
+    report.other.extend(changed or [])
+    if changed is None:
+        report.notes.append(f"no {SUMS}, from an older release: whether its files are whole is seen by what they hold")
     if beside:
         got = "on both sides; while training they add after its product, which sums floats in another order"
         report.notes.append(f"adapters of {beside[0]} (of {len(beside)} layers in float) are merged {got}")

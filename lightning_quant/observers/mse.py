@@ -12,6 +12,9 @@ from lightning_quant.errors import explain
 from lightning_quant.grid import Grid, decode, encode
 from lightning_quant.observers.base import Observer
 
+AT_ONCE = {"cpu": 2**18}  # numbers searched together: in the cache, and a large weight takes no copies of itself
+ELSEWHERE = 2**24
+
 
 @dataclass(frozen=True)
 class Mse(Observer):
@@ -39,6 +42,11 @@ class Mse(Observer):
 
     def range(self, rows: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """See the class."""
+        at_once = max(AT_ONCE.get(rows.device.type, ELSEWHERE) // max(rows.shape[1], 1), 1)
+        if len(rows) > at_once:
+            parts: tuple[Tensor, ...] = rows.split(at_once)  # type: ignore[no-untyped-call]
+            ends = [self.range(part, grid) for part in parts]
+            return torch.cat([low for low, _ in ends]), torch.cat([high for _, high in ends])
         rows = rows.float()
         low, high = rows.amin(dim=1), rows.amax(dim=1)
         table = grid.table()

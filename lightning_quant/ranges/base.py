@@ -84,6 +84,13 @@ class Range(ABC):
         """Bring the parameters back to their domain after an optimizer step."""
 
 
+def formatted(quantizer: FakeQuantizer, value: Tensor) -> Tensor:
+    """A range's number in the format that scales are stored in; the gradient passes as if it were not rounded."""
+    if quantizer.grid.scale_format == "float" or not quantizer.spec.learn_scale:  # fixed ones were rounded when set
+        return value
+    return quantizer.grid.format(value.detach()) + (value - value.detach())
+
+
 def step_size_factor(quantizer: FakeQuantizer, x: Tensor, top: float) -> float:
     """LSQ's ``1 / sqrt(N * top)``, with N the elements that share a scale (for activations: of one sample)."""
     n = math.prod(x.shape[1:])

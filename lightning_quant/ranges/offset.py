@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_quant.distributed import fill, to_local
-from lightning_quant.ranges.base import Range, step_size_factor
+from lightning_quant.ranges.base import Range, formatted, step_size_factor
 
 if TYPE_CHECKING:
     from lightning_quant.quantizer import FakeQuantizer
@@ -41,12 +41,12 @@ class Offset(Range):
         grid = quantizer.grid
         step = (high - low) / (grid.high - grid.low)
         step = torch.where(step > 0, step, torch.ones_like(step))
-        fill(quantizer.scale.data, step.reshape(quantizer.scale_shape))
-        fill(quantizer.offset.data, low.reshape(quantizer.scale_shape))
+        fill(quantizer.scale.data, grid.format(step).reshape(quantizer.scale_shape))
+        fill(quantizer.offset.data, grid.format(low).reshape(quantizer.scale_shape))
 
     def scale(self, quantizer: FakeQuantizer) -> Tensor:
         """The step."""
-        return quantizer.scale
+        return formatted(quantizer, quantizer.scale)
 
     def zero(self, quantizer: FakeQuantizer) -> float:
         """The lowest code."""
@@ -54,7 +54,7 @@ class Offset(Range):
 
     def offset(self, quantizer: FakeQuantizer) -> Tensor:
         """The level of the lowest code."""
-        return quantizer.offset
+        return formatted(quantizer, quantizer.offset)
 
     def ready(self, quantizer: FakeQuantizer) -> bool:
         """Steps start at 0."""

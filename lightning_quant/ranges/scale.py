@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_quant.distributed import fill, to_local
-from lightning_quant.ranges.base import Range, step_size_factor
+from lightning_quant.ranges.base import Range, formatted, step_size_factor
 
 if TYPE_CHECKING:
     from lightning_quant.quantizer import FakeQuantizer
@@ -40,10 +40,7 @@ class Scale(Range):
 
     def scale(self, quantizer: FakeQuantizer) -> Tensor:
         """The scale, rounded to the format it is stored in with the identity as gradient."""
-        scale = quantizer.scale
-        if quantizer.grid.scale_format == "float" or not quantizer.spec.learn_scale:
-            return scale
-        return scale + (quantizer.grid.format(scale.detach()) - scale.detach())
+        return formatted(quantizer, quantizer.scale)
 
     def zero(self, quantizer: FakeQuantizer) -> Tensor | float:
         """The grid's, or the observed one."""

@@ -6,14 +6,18 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+DEEPSPEED = {"ACCELERATE_USE_CPU": "false", "DS_ACCELERATOR": "cpu"}  # accelerate leaves it out where told to use CPUs
 
 
-def start(*words: object, processes: int = 1, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def start(
+    *words: object, processes: int = 1, cwd: Path | None = None, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run ``python WORDS``, under torchrun when ``processes`` > 1, to its end."""
     command = [sys.executable]
     if processes > 1:
@@ -22,13 +26,15 @@ def start(*words: object, processes: int = 1, cwd: Path | None = None) -> subpro
             port = s.getsockname()[1]
         command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
     command += map(str, words)
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=env, timeout=240, check=False)
+    given = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **(env or {})}
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=given, timeout=240, check=False)
 
 
-def run(script: str, *args: object, processes: int = 1, expect: int = 0) -> subprocess.CompletedProcess[str]:
+def run(
+    script: str, *args: object, processes: int = 1, expect: int = 0, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run tests/integration/SCRIPT and check its exit status."""
-    done = start(ROOT / "tests" / "integration" / script, *args, processes=processes)
+    done = start(ROOT / "tests" / "integration" / script, *args, processes=processes, env=env)
     assert done.returncode == expect, done.stdout[-2000:] + done.stderr[-4000:]
     return done
 

@@ -58,6 +58,65 @@ def test_reader_computes_exactly_what_training_computed(tmp_path, family, tied, 
     assert not torch.equal(expected, causal_lm(family, tied)(**batch).logits)
 
 
+@pytest.mark.parametrize("scheme", ["w4a16-g32-asym", "w8a16-asym", "w3a16-channel-asym", "fp8a16", "fp8", "nvfp4a16"])
+def test_zero_points_and_float_grids_are_exact_in_the_reader(tmp_path, scheme):
+    config = QuantConfig.parse("lsq", scheme, target="transformers")
+    model = train_a_little(causal_lm(), config)
+    export(model, tmp_path / "out", config=config)
+    report = verify(tmp_path / "out", model)
+    assert (report.ok, report.max_abs_diff, report.notes) == (True, 0.0, [])
+    data = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert data.get("dequantize", False) == (config.activation is None)
+
+
+@pytest.mark.parametrize("scheme", ["mxfp4a16", "mxfp4", "mxfp8a16", "mxfp8"])
+def test_microscaling_weights_are_exact_and_its_reader_leaves_inputs_alone(tmp_path, scheme):
+    config = QuantConfig.parse("ste", scheme)
+    model = train_a_little(causal_lm(), config)
+    export(model, tmp_path / "out", config=config)
+    report = verify(tmp_path / "out", model)
+    assert (report.ok, report.max_abs_diff) == (True, 0.0)
+    assert ("compared without input quantizers" in " ".join(report.notes)) == (config.activation is not None)
+    scale = load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.mlp.up_proj.weight_scale"]
+    assert (scale.dtype, scale.shape) == (torch.uint8, (128, 2))
+
+
+def test_static_inputs_with_a_zero_point(tmp_path):
+    inputs = TensorSpec(8, symmetric=False, dynamic=False)
+    config = QuantConfig("ste", TensorSpec(8), inputs, target="transformers", calibration=2)
+    model = train_a_little(causal_lm(), config)
+    assert any(float(layer.input_quant.zero) for _, layer in quant_layers(model))
+    export(model, tmp_path / "out", config=config)
+    report = verify(tmp_path / "out", model)
+    assert (report.ok, report.max_abs_diff) == (True, 0.0)
+
+
+def test_a_quantized_head_is_named_for_readers_that_have_no_linear_there(tmp_path):
+    config = QuantConfig.parse("ste", "w4a16-g32", head=True)
+    model = train_a_little(causal_lm(), config)
+    export(model, tmp_path / "out", config=config)
+    data = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert data["config_groups"]["group_0"]["targets"] == ["Linear", "lm_head"]
+    assert data["ignore"] == []
+    assert verify(tmp_path / "out", model).ok
+
+
+def test_a_changed_setting_or_a_tensor_nobody_trained_is_found(tmp_path):
+    config = QuantConfig.parse("ste", "w4a16-g32")
+    model = train_a_little(causal_lm(), config)
+    export(model, tmp_path / "out", config=config)
+    file = tmp_path / "out" / "config.json"
+    data = json.loads(file.read_text())
+    file.write_text(json.dumps({**data, "rms_norm_eps": 1e-5}))
+    assert "config.json: rms_norm_eps" in verify(tmp_path / "out", model).other
+    file.write_text(json.dumps(data))
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.g_idx"] = torch.zeros(2)
+    save_file(tensors, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="clean loading report"):
+        verify(tmp_path / "out", model)
+
+
 def test_verify_accepts_and_compares_every_layer(tmp_path):
     config = QuantConfig.parse("pege", "w4a16-g32")
     model = train_a_little(causal_lm(), config)
@@ -173,8 +232,13 @@ def test_bf16_weights_and_scales_are_the_readers(tmp_path):
 
 REFUSED = {
     "gpt2": ("w4a16-channel", {}, "a Linear layer"),
-    "one bit": ("w1a16-g32", {}, "2 to 6 or 8 bits"),
-    "asymmetric": ("w4a16-g32-asym", {}, "symmetric weights"),
+    "one bit": ("w1a16-g32", {}, "integers around a zero point, or fp8"),
+    "seven bits": ("w7a16-g32", {}, "2 to 6 or 8 bits"),
+    "a codebook": ("nf4-g32", {}, "integers around a zero point, or fp8"),
+    "offset weights": ("w4a16-g32", {"range": "offset"}, "integers around a zero point, or fp8"),
+    "asymmetric beside int8": ("w4a8-g32-asym", {}, "symmetric weights"),
+    "nvfp4 inputs": ("nvfp4", {}, "inputs in float beside nvfp4 weights"),
+    "unpacked among others": ("w4a16-g32-asym", {"rules": (LayerRule("*.down_proj", "w8"),)}, "one scheme where"),
     "grouped int8": ("w8a8-g32", {}, "per-channel weights"),
     "four-bit inputs": ("w4a4-g32", {}, "8-bit inputs"),
     "tied head": ("w4a16-g32", {"head": True}, "a weight of its own"),
@@ -220,14 +284,6 @@ def test_float_model_and_unknown_format_are_refused(tmp_path):
     attach(model, QuantConfig.parse("ste", "w4a16-g32"))
     with pytest.raises(ValueError, match="Did you mean format 'folded'"):
         export(model, tmp_path / "out", format="foldd")
-
-
-def test_asymmetric_activations_are_refused(tmp_path):
-    config = QuantConfig("ste", TensorSpec(8), TensorSpec(8, symmetric=False, granularity="tensor", dynamic=False))
-    model = causal_lm()
-    attach(model, config)
-    with pytest.raises(ValueError, match="symmetric inputs"):
-        export(model, tmp_path / "out")
 
 
 def test_truncated_export_is_a_clear_error_and_status_2(tmp_path, capsys):

@@ -19,6 +19,7 @@ from lightning_quant.export import compare_with_runtime, export, run_integer_onl
 from lightning_quant.export.integer_operators import quantize
 from lightning_quant.export.integer_values import Scaled, Step
 from lightning_quant.export.onnx_runtime import constants, run_onnxruntime
+from lightning_quant.packed import pack
 from tests.convnets import MobileNetV2, ResNet20
 
 INT8, INT4, FLOAT = onnx.TensorProto.INT8, onnx.TensorProto.INT4, onnx.TensorProto.FLOAT
@@ -238,6 +239,15 @@ def test_weights_alone(tmp_path, scheme):
     message = "one per group" if "-g" in scheme else r"0/\w+ \(Gemm\): expected integers .*, got floats\. Quantize"
     with pytest.raises(ValueError, match=message):
         run_integer_only(tmp_path / "out", x)
+
+
+def test_bases_that_are_stored_in_a_few_bits(tmp_path):
+    model = matrices().requires_grad_(False)
+    pack(model, "nf4-g8")
+    attach(model, QuantConfig.parse("ste", "w4a16-g8", rules=[LayerRule("2", weight=None)]))
+    x = samples("matrices", 7, seed=3)
+    export(model, tmp_path / "out", format="onnx", inputs=x)
+    assert verify(tmp_path / "out", model, x).ok
 
 
 class Module(pl.LightningModule):
