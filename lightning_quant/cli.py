@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning_quant.errors import CheckpointError, explain
 from lightning_quant.rounding.command import add_arguments as ptq_arguments
+from lightning_quant.sensitivity_command import add_arguments as sensitivity_arguments
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,6 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     write.add_argument("--resume", action="store_true", help="go on from the shards that an interrupted run finished")
     write.add_argument("--overwrite", action="store_true", help="replace an export once the new one is complete")
     write.set_defaults(run=_export)
+
+    bears = commands.add_parser("sensitivity", help="find the layers that bear few bits, and a recipe within a budget")
+    sensitivity_arguments(bears)
 
     quick = commands.add_parser("ptq", help="round a float model without training, and export it")
     ptq_arguments(quick)

@@ -95,7 +95,7 @@ def draw(name: str, path: str | Path) -> Path:
     sides = [(side, list(curves(rule, side == "weights"))) for side in ("weights", "inputs")]
     same = type(rule.role(True)) is type(rule.role(False))
     shown = [(side, found) for side, found in sides if found][: 1 if same else 2]
-    figure, axes = _figure(2, len(shown))
+    figure, axes = figure_of(2, len(shown))
     for column, (side, found) in enumerate(shown):
         top, bottom = axes[0][column], axes[1][column]
         first = found[0]
@@ -111,7 +111,7 @@ def draw(name: str, path: str | Path) -> Path:
         for axis in (top, bottom):
             axis.grid(alpha=0.3)
             axis.legend(fontsize=7)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def draw_all(path: str | Path) -> Path:
@@ -126,7 +126,7 @@ def draw_all(path: str | Path) -> Path:
             found = list(curves(rule, is_weight))
             panels += [(name if is_weight else f"{name}, inputs", found)] if found else []
     columns = 6
-    figure, axes = _figure(math.ceil(len(panels) / columns), columns, 2.0, 1.6)
+    figure, axes = figure_of(math.ceil(len(panels) / columns), columns, 2.0, 1.6)
     places = [axis for row in axes for axis in row]
     for axis, (title, found) in zip(places, panels, strict=False):
         axis.step(found[0].x, found[0].hard, where="mid", color="black", linewidth=0.8)
@@ -137,7 +137,7 @@ def draw_all(path: str | Path) -> Path:
         axis.grid(alpha=0.3)
     for axis in places[len(panels) :]:
         axis.set_visible(False)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 SHOWN: dict[str, dict[str, Any]] = {
@@ -152,7 +152,7 @@ SHOWN: dict[str, dict[str, Any]] = {
 def draw_schedules(path: str | Path) -> Path:
     """Plot every curve over a run: from 0 to 1, or between the values it is meant for; dashed: a delay of 0.3."""
     columns = 4
-    figure, axes = _figure(math.ceil(len(CURVES) / columns), columns, 2.4, 1.6)
+    figure, axes = figure_of(math.ceil(len(CURVES) / columns), columns, 2.4, 1.6)
     panels = [axis for row in axes for axis in row]
     tau = [i / 200 for i in range(201)]
     for axis, name in zip(panels, CURVES, strict=False):
@@ -168,10 +168,15 @@ def draw_schedules(path: str | Path) -> Path:
     for axis in panels[len(CURVES) :]:
         axis.set_visible(False)
     figure.supxlabel("share of the run's optimizer steps", fontsize=9)
-    return _save(figure, path)
+    return save(figure, path)
 
 
-def _figure(rows: int, columns: int, width: float = 5.0, height: float = 2.9) -> tuple[Any, Any]:
+def figure_of(rows: int, columns: int, width: float = 5.0, height: float = 2.9) -> tuple[Any, Any]:
+    """An empty figure and its axes, (rows, columns); sizes in inches each.
+
+    Raises:
+        ImportError: matplotlib is missing, with its cure.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -183,7 +188,8 @@ def _figure(rows: int, columns: int, width: float = 5.0, height: float = 2.9) ->
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _save(figure: Any, path: str | Path) -> Path:
+def save(figure: Any, path: str | Path) -> Path:
+    """Write a figure, whole or not at all."""
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.tmp{os.getpid()}{path.suffix or '.png'}")
     figure.savefig(temporary, dpi=110)

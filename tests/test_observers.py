@@ -26,7 +26,7 @@ ROWS = tensor([[-3.0, 0.5, 2.0], [0.0, 0.0, 0.0], [1.0, 4.0, 2.0]])
 
 
 # Ranges of a distribution with the data's moments; they may lie beyond the data.
-MODELLED = {"lsq_init", "three_sigma", "half_gauss", "rms"}
+MODELLED = {"lsq_init", "three_sigma", "half_gauss", "rms", "aciq_gauss", "aciq_laplace"}
 
 
 @pytest.mark.parametrize("name", OBSERVERS)

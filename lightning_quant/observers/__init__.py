@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from lightning_quant.errors import unknown
 from lightning_quant.observers.absmean import AbsMean
+from lightning_quant.observers.aciq import AciqGauss, AciqLaplace
 from lightning_quant.observers.als import Als
 from lightning_quant.observers.base import Observer
 from lightning_quant.observers.ema import Ema
 from lightning_quant.observers.half_gauss import HalfGauss, HalfGaussUnit
+from lightning_quant.observers.kl import Kl
 from lightning_quant.observers.lsq_init import LsqInit
 from lightning_quant.observers.minmax import MinMax
 from lightning_quant.observers.mse import Mse
 from lightning_quant.observers.mse_ends import MseEnds
+from lightning_quant.observers.percentile import Percentile
 from lightning_quant.observers.rms import Rms
 from lightning_quant.observers.seq_init import SeqInit
 from lightning_quant.observers.three_sigma import ThreeSigma
@@ -33,6 +36,10 @@ OBSERVERS: dict[str, type[Observer]] = {
     "half_gauss_unit": HalfGaussUnit,
     "als": Als,
     "rms": Rms,
+    "percentile": Percentile,
+    "kl": Kl,
+    "aciq_gauss": AciqGauss,
+    "aciq_laplace": AciqLaplace,
 }
 
 
