@@ -6,6 +6,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+# run by runtimes in environments of their own
+collect_ignore = [f"integration/{name}_run.py" for name in ("llama_cpp", "openvino", "vllm")]
+
 settings.register_profile("repo", derandomize=True, deadline=None, max_examples=40, database=None)
 settings.load_profile("repo")
 
