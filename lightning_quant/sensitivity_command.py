@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,7 +57,10 @@ def run(arguments: argparse.Namespace) -> int:
     found = sensitivity(model, batches, schemes, arguments.metric, config)
     print(found)
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
+        file = Path(arguments.json)
+        temporary = file.with_name(f"{file.name}.tmp{os.getpid()}")
+        temporary.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
+        temporary.replace(file)
     if arguments.plot:
         _plot(found, arguments.plot)
     if arguments.bits is not None:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import machine
+from machine import machine, save
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, default_data_collator
 
@@ -190,10 +190,7 @@ def main() -> None:
         "settings": {k: v for k, v in vars(args).items() if k not in ("out", "table")},
         "figures": figures,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.out.with_name(args.out.name + ".tmp")
-    temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(args.out)
+    save(args.out, results)
     print(table(results))
 
 

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import machine
+from machine import machine, save
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_quant import QuantConfig, attach
@@ -250,10 +250,7 @@ def main() -> None:
         "settings": {n: getattr(args, n) for n in (*SIZES, "scheme", "threads", "shard_mib")},
         "figures": figures,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.out.with_name(args.out.name + ".tmp")
-    temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(args.out)
+    save(args.out, results)
     print(table(results))
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import re
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 import transformers as hf
 from architectures import FAMILIES, Family
-from machine import machine
+from machine import machine, save
 from torch import nn
 
 from lightning_quant import QuantConfig, attach, calibrate
@@ -130,7 +129,7 @@ def main() -> None:
     if names == list(MODELS):
         data = {"machine": machine(), "torch": torch.__version__, "cells": cells}
         file = Path(__file__).resolve().parent / "results" / "formats.json"
-        file.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        save(file, data)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import machine
+from machine import machine, save
 from overhead import Round, say, summary
 from overhead_worker import CALIBRATION, LR, TOTAL_STEPS, build_model
 
@@ -154,10 +154,7 @@ def main() -> None:
         "candidates": figures,
         "intervals": [round(ratio, 4) for ratio in direct],
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.out.with_name(args.out.name + ".tmp")
-    temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(args.out)
+    save(args.out, results)
     print(table(results))
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from distill import Bench, say
-from machine import machine
+from machine import machine, save
 
 from lightning_quant import QuantConfig, attach
 from lightning_quant.rounding import round_model
@@ -153,10 +153,7 @@ def main() -> None:
         "settings": {k: v for k, v in vars(args).items() if k not in ("out", "table", "cache")},
         "figures": figures,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.out.with_name(args.out.name + ".tmp")
-    temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(args.out)
+    save(args.out, results)
     print(table(results))
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import machine
+from machine import machine, save
 from overhead import say
 from torch import nn
 
@@ -251,10 +251,7 @@ def main() -> None:
             "prompt": read,
         },
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.out.with_name(args.out.name + ".tmp")
-    temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(args.out)
+    save(args.out, results)
     print(table(results))
 
 
