@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-runtimes lint bench-overhead bench-logging bench-distill bench-qlora bench-runtime bench-export bench-ptq clean
+.PHONY: setup demo test test-runtimes lint bench-overhead bench-logging bench-distill bench-qlora bench-runtime bench-roofline bench-export bench-ptq report-browser clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -71,11 +71,22 @@ bench-qlora: $(READY)
 bench-runtime: $(READY)
 	$(BIN)/python examples/benchmarks/runtime.py
 
+bench-roofline: $(READY)
+	$(BIN)/python examples/benchmarks/roofline_check.py --threads 1
+
 bench-export: $(READY)
 	$(BIN)/python examples/benchmarks/export_7b.py
 
 bench-ptq: $(READY)
 	$(BIN)/python examples/benchmarks/ptq.py
+
+# Opens the demo's report in headless Chromium (Debian: apt-get install chromium): console, plots, pictures of it
+report-browser: $(READY)
+	test -f demo/results.json || $(MAKE) demo
+	$(BIN)/lightning-quant report demo/w2a16-g32-qat demo/w2a16-g32-export --logits --compare float=demo/float \
+		--compare "fine-tuned float=demo/control" --compare rounded=demo/w2a16-g32-rounded-float \
+		--compare "rounded fine-tuned=demo/w2a16-g32-rounded-control" --out demo/report.html
+	$(BIN)/python -m tests.integration.report_browser demo/report.html --shots demo
 
 clean:
 	rm -rf $(VENV) .venv-peers $(RUNTIMES) $(TORCHAO) $(VLLM) build dist *.egg-info demo

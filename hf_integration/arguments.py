@@ -10,14 +10,14 @@ import yaml
 
 from lightning_quant.errors import explain, unknown
 from lightning_quant.estimators import ESTIMATORS, build_estimator
+from lightning_quant.presets import PRESETS
 from lightning_quant.spec import QuantConfig, YamlLoader
 from lightning_quant.targets import TARGETS
-from lightning_quant.transforms import TRANSFORMS
-from lightning_quant.transforms.setup import check_setup
+from lightning_quant.transforms.setup import KINDS, check_setup
 
 # Flags that say what to quantize and how, as a config file does.
 WHAT = ("quant", "quant_scheme", "quant_calibration", "quant_theta", "quant_option", "quant_target")
-WHAT += ("quant_distill", "quant_distill_temperature", "quant_setup", "quant_setup_batches")
+WHAT += ("quant_distill", "quant_distill_temperature", "quant_setup", "quant_setup_batches", "quant_compile")
 
 
 @dataclass
@@ -55,12 +55,16 @@ class QuantArguments:
         default_factory=list,
         metadata={
             "action": "extend",
-            "help": f"What is done to the float model first, in order: {', '.join(TRANSFORMS)}; with commas "
-            "between them, or {name: smoothquant, alpha: search}; repeatable.",
+            "help": f"What is done before training, in order: {', '.join(n for _, known in KINDS for n in known)}; "
+            f"with commas between them, or {{name: smoothquant, alpha: search}}; or {', '.join(PRESETS)}; repeatable.",
         },
     )
     quant_setup_batches: int | None = field(
         default=None, metadata={"help": "Batches of training data that --quant_setup looks at (8)."}
+    )
+    quant_compile: bool = field(
+        default=False,
+        metadata={"help": "Run the quantizers' arithmetic in compiled kernels: faster after some seconds."},
     )
     quant_distill: float | None = field(
         default=None, metadata={"help": "Weight of distillation: learn from the float model beside the labels."}
@@ -149,6 +153,7 @@ class QuantArguments:
             ("target", self.quant_target),
             ("setup", self._steps() or None),
             ("setup_batches", self.quant_setup_batches),
+            ("compile", self.quant_compile or None),
         ):
             if given is not None:
                 options[key] = given
@@ -162,7 +167,7 @@ class QuantArguments:
         return QuantConfig.parse(self.quant, self.quant_scheme, **options)
 
     def _steps(self) -> tuple[Any, ...]:
-        """The transforms: names, or mappings of a name and its options."""
+        """The steps of set-up: names, or mappings of a name and its options."""
         steps: list[Any] = []
         for text in self.quant_setup:
             try:

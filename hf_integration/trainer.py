@@ -126,7 +126,7 @@ class QuantTrainerMixin:
             return
         if self.quant.config.setup and not self._has_data:  # Trainer.__init__ has not yet taken the training data
             return
-        self.quant.prepare(model, batches=self._setup_inputs)
+        self.quant.prepare(model, batches=self._setup_inputs, wait=True)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         if isinstance(base, PreTrainedModel):
             names = float_paths(base)
@@ -144,6 +144,15 @@ class QuantTrainerMixin:
         self.add_callback(_Steps(self.quant, lambda: self.deepspeed))
         if self.quant.report is not None and self.is_world_process_zero():
             print(self.quant.report, flush=True)
+
+    def finish_quant_setup(self, loaded: bool = False) -> None:
+        """Run what waits in ``QuantConfig.setup`` for quantizers; every rank calls it.
+
+        Training, evaluation, saving and export do so first; not earlier, since only ``train`` is told of a checkpoint
+        to resume from, which makes it needless.
+        """
+        if self.quant is not None and self.quant.finish_set_up(loaded) and self.is_world_process_zero():
+            print(f"set-up: {self.quant.report.setup}", flush=True)  # type: ignore[union-attr]
 
     def _setup_inputs(self) -> list[Inputs]:
         """What the first training steps would call the model with; training's own random numbers are not used up."""
@@ -281,6 +290,7 @@ class QuantTrainerMixin:
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Observers stay out of evaluation."""
+        self.finish_quant_setup()
         if self.quant is not None:
             self.quant.on_eval()
         return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
@@ -291,6 +301,11 @@ class QuantTrainerMixin:
         if self.quant is not None:
             self.quant.after_eval_batch()
         return out
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """What is saved is what training starts from."""
+        self.finish_quant_setup()
+        super().save_model(*args, **kwargs)  # type: ignore[misc]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Weights (of a model with adapters: those) under the float model's keys; quantizer state beside them."""
@@ -321,9 +336,11 @@ class QuantTrainerMixin:
             load_quant_state(self._quant_model(model), resume_from_checkpoint)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """DeepSpeed restores weights and quantizers by itself, from a checkpoint that must be this run's."""
-        if self.is_deepspeed_enabled and kwargs.get("resume_from_checkpoint") is not None:
+        """Set-up ends here unless a checkpoint was loaded; DeepSpeed loads its own later, which must be this run's."""
+        resumed = kwargs.get("resume_from_checkpoint") is not None
+        if self.is_deepspeed_enabled and resumed:
             self._check_config(kwargs["resume_from_checkpoint"])
+        self.finish_quant_setup(loaded=resumed)
         return super()._inner_training_loop(*args, **kwargs)  # type: ignore[misc]
 
     def _check_config(self, checkpoint: str) -> None:
@@ -375,6 +392,7 @@ class QuantTrainerMixin:
                 )
             )
         kwargs.setdefault("tokenizer", self.processing_class)
+        self.finish_quant_setup()
         return export(self._quant_model(None), path, format=format, config=self.quant.config, **kwargs)
 
 

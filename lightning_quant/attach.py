@@ -25,6 +25,7 @@ from lightning_quant.granularity import Granularity
 from lightning_quant.kv_cache import attach_kv_cache, detach_kv_cache
 from lightning_quant.layers import QuantLayer, float_class, float_dtype, is_compact
 from lightning_quant.norms import FOLDED, FoldedBatchNorm
+from lightning_quant.observers.bn_stats import BnStats
 from lightning_quant.operators import attach_operators, detach_operators
 from lightning_quant.packed import CompactLinear
 from lightning_quant.plan import LayerPlan, make_plan
@@ -66,8 +67,8 @@ def attach(model: nn.Module, config: QuantConfig, fit: bool = True) -> Report:
     plan = make_plan(model, config, estimator, fit)
     weights, inputs = estimator.role(True), estimator.role(False)
     weights = weights.fit({p.path: p.rows for p in plan.layers}, {p.path: p.scales for p in plan.layers})
-    quantizers = [layer_quantizers(p, config, weights, inputs) for p in plan.layers]
-    for layer, (weight, activation) in track(list(zip(plan.layers, quantizers, strict=True)), "fitting weight ranges"):
+    pairs = [layer_quantizers(p, config, weights, inputs) for p in plan.layers]
+    for layer, (weight, activation) in track(list(zip(plan.layers, pairs, strict=True)), "fitting weight ranges"):
         module: QuantLayer = layer.module  # type: ignore[assignment]
         module.__class__ = layer.kind
         if layer.path in plan.norms:
@@ -87,6 +88,11 @@ def attach(model: nn.Module, config: QuantConfig, fit: bool = True) -> Report:
     attach_operators(model, plan.operators, partial(_operand, config))
     attach_kv_cache(model, plan.attention, partial(_cached, model, config))
     close_fast_paths(model)
+    once = not estimator.follows_curvature  # which goes backward twice
+    for layer in plan.layers:
+        layer.module.recomputes = config.recompute and once  # type: ignore[assignment]
+    for _, quantizer in quantizers(model):
+        quantizer.compiled = config.compile and once
     return plan.report
 
 
@@ -113,6 +119,8 @@ def layer_quantizers(
         salt=~salt,
         where=f"{plan.path}.input",
     )
+    if plan.ends is not None:
+        of_inputs.observer = BnStats(*plan.ends)
     if of_inputs.observer.data_free and not of_inputs.spec.dynamic:
         of_inputs.fit_range(torch.empty(1, 0))
     return own, of_inputs

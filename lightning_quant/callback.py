@@ -75,10 +75,10 @@ class QuantCallback(Callback):
             ``training_step`` logs stays the loss of the task; the term is logged as ``quant/distill``.
         teacher: Learn from this model instead, called as the student is: better than the module's own weights where
             all of them are trained.
-        setup: What is done to the float model before quantizers are attached: names of ``transforms.TRANSFORMS``, or
-            mappings of a name and its options, e.g. ``["smoothquant", {"name": "equalize", "relu6": True}]``.  They
-            look at the first ``QuantConfig.setup_batches`` batches that ``training_step`` gets.  A checkpoint's
-            weights went through them already and are loaded over the result; other stages than fit run none.
+        setup: What is done before training: see ``QuantConfig``, e.g. ``"light"`` or ``["smoothquant", "gptq"]``.
+            They look at the first ``QuantConfig.setup_batches`` batches that ``training_step`` gets.  A checkpoint's
+            weights went through them already and are loaded over the result; roundings are left out then, unless the
+            strategy shards the module before it loads.  Other stages than fit run none.
 
     Raises:
         ValueError: A bad setting, before any work.
@@ -100,7 +100,7 @@ class QuantCallback(Callback):
         log_layers_every_n_steps: int = 0,
         distill: float | dict[str, Any] | None = None,
         teacher: nn.Module | None = None,
-        setup: list[str | dict[str, Any]] | None = None,
+        setup: str | list[str | dict[str, Any]] | None = None,
     ) -> None:
         fields: dict[str, Any] = {"calibration": calibration, "delay": delay, "strict": strict, "distill": distill}
         fields["setup"] = setup
@@ -142,7 +142,8 @@ class QuantCallback(Callback):
         part, known = find_part(pl_module, self.module), self.report
         fitting = trainer.state.fn == TrainerFn.FITTING
         batches = partial(training_inputs, trainer, pl_module, part, self.config) if fitting else None
-        if self.controller.prepare(part, pl_module, batches, loaded=not fitting) is not known:
+        wait = not trainer.strategy.restore_checkpoint_after_setup  # else it is sharded before a checkpoint is known of
+        if self.controller.prepare(part, pl_module, batches, not fitting, wait) is not known:
             rank_zero_info(f"{self.state_key}: {self.report}")
         self._layers = sum(1 for _ in quant_layers(part))
         self._end_guard()
@@ -159,7 +160,7 @@ class QuantCallback(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give quantizer parameters their optimizer groups, before the optimizer's state is restored."""
+        """End set-up unless a checkpoint was loaded; give quantizer parameters their optimizer groups."""
         refuse_changes(find_part(pl_module, self.module), self.report, self._layers)
         refuse_float_copies(trainer, pl_module)
         self._logs = trainer.strategy.broadcast(bool(trainer.loggers))  # sharded metrics need every rank
@@ -167,6 +168,8 @@ class QuantCallback(Callback):
             got = "manual optimization, whose training_step steps optimizers itself"
             cure = "Use a fixed delta, or call controller.update_curvature(loss) yourself."
             raise ValueError(explain("ewgs.delta='hessian'", "automatic optimization", got, cure))
+        if self.controller.finish_set_up(loaded=trainer.ckpt_path is not None) and self.report is not None:
+            rank_zero_info(f"{self.state_key}: set-up: {self.report.setup}")
         self.controller.split_groups(trainer.optimizers, [c.scheduler for c in trainer.lr_scheduler_configs])
 
     @override

@@ -9,8 +9,10 @@ import sys
 from typing import Any
 
 from lightning_quant.errors import CheckpointError, explain
-from lightning_quant.rounding.command import add_arguments as ptq_arguments
-from lightning_quant.sensitivity_command import add_arguments as sensitivity_arguments
+from lightning_quant.ptq.command import add_arguments as ptq_arguments
+from lightning_quant.report_page.command import add_arguments as report_arguments
+from lightning_quant.roofline_command import add_arguments as roofline_arguments
+from lightning_quant.sensitivity.command import add_arguments as sensitivity_arguments
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,6 +44,12 @@ def main(argv: list[str] | None = None) -> int:
 
     bears = commands.add_parser("sensitivity", help="find the layers that bear few bits, and a recipe within a budget")
     sensitivity_arguments(bears)
+
+    shows = commands.add_parser("report", help="write an HTML page about a run or an export: which layer hurts most")
+    report_arguments(shows)
+
+    limits = commands.add_parser("roofline", help="predict memory and time of every layer from a config.json")
+    roofline_arguments(limits)
 
     quick = commands.add_parser("ptq", help="round a float model without training, and export it")
     ptq_arguments(quick)

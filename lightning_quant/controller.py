@@ -33,10 +33,20 @@ from lightning_quant.report import Report
 from lightning_quant.schedule import Schedule, delay_steps
 from lightning_quant.spec import QuantConfig
 from lightning_quant.transforms import TransformReport
-from lightning_quant.transforms.setup import check_setup, refuse_unfit, restructure, set_up
+from lightning_quant.transforms.setup import (
+    check_setup,
+    of_first_rank,
+    refuse_unfit,
+    restructure,
+    rounds,
+    set_up,
+    set_up_attached,
+    sets_ranges,
+)
 
 STATE_VERSION = 1
 LEFT = "left to the run whose checkpoint is loaded"
+LOADED = "that of the checkpoint that was loaded"
 SAME = ("method", "weight", "activation", "rules", "options", "batch_norm", "operators", "first_last", "setup")
 
 
@@ -68,6 +78,9 @@ class QuantController:
         self._distiller = None if config.distill is None else Distiller(config.distill, teacher)
         self.estimator = build_estimator(config.method, dict(config.options))
         check_setup(config)
+        if config.distill is not None and teacher is None and rounds(config):
+            got, cure = "the model itself, whose weights are rounded", "Give one, or leave the rounding out of setup."
+            raise ValueError(explain("QuantConfig.distill", "a teacher with float weights", got, cure))
         self.schedules = {**self.estimator.role(False).schedules(), **self.estimator.role(True).schedules()}
         self.report: Report | None = None
         self.total_steps: int | None = None
@@ -89,6 +102,7 @@ class QuantController:
         self._names: dict[FakeQuantizer, str] = {}
         self._starts: dict[FakeQuantizer, Tensor] = {}
         self._codes: dict[FakeQuantizer, Tensor] = {}
+        self._setup_data: list[Any] | None = None
 
     def prepare(
         self,
@@ -96,6 +110,7 @@ class QuantController:
         root: nn.Module | None = None,
         batches: Callable[[], Iterable[Any]] | None = None,
         loaded: bool = False,
+        wait: bool = False,
     ) -> Report | None:
         """Attach, unless the model already holds quantizers (a second stage of the same run, or put there by hand).
 
@@ -104,6 +119,8 @@ class QuantController:
             root: What is trained, if the model is a part of it: distillation's module is looked for there.
             batches: Makes the data that ``QuantConfig.setup`` runs on, which it does here, once.
             loaded: Without ``batches``: the weights come from a checkpoint of a run that did.
+            wait: Leave the steps of ``QuantConfig.setup`` that need quantizers to ``finish_set_up``, where it is not
+                known yet whether a checkpoint comes.
 
         Raises:
             AttachError: The model cannot be quantized as asked, or is already, in another way or without its set-up.
@@ -115,6 +132,8 @@ class QuantController:
             self.report = attach(model, self.config)
             self.report.setup = done
             freeze_with_weights(model)
+            if not wait:
+                self.finish_set_up()
         elif batches is not None and self.report is not None and self.report.setup == LEFT:
             cure = "Fit first; or build the module and the callback anew."
             got = "one attached without, for weights of a checkpoint"
@@ -133,12 +152,32 @@ class QuantController:
     ) -> TransformReport | str:
         if batches is not None:
             refuse_unfit(model)
-            return set_up(model, self.config, batches())
+            self._setup_data = of_first_rank(model, batches(), self.config.setup_batches)
+            return set_up(model, self.config, self._setup_data)
         if not loaded:
             cure = "Call prepare(model, batches=lambda: loader)."
             raise ValueError(explain("QuantConfig.setup", "training data to look at", None, cure))
         restructure(model, self.config)
         return LEFT
+
+    def finish_set_up(self, loaded: bool = False) -> bool:
+        """Run the steps of ``QuantConfig.setup`` that wait for it, once.
+
+        Args:
+            loaded: A checkpoint's weights and ranges are in place: they went through these steps, which are left out.
+
+        Returns:
+            Whether something was run.
+        """
+        data, self._setup_data = self._setup_data, None
+        report = None if self.report is None else self.report.setup
+        if data is None or report is None or not report.waiting:
+            return False
+        if loaded:
+            self.report.setup = LOADED  # type: ignore[union-attr]
+            return False
+        set_up_attached(self.model, self.config, data, report)
+        return True
 
     def begin(self, total_steps: int | None) -> None:
         """Fix the length of the run.
@@ -154,7 +193,8 @@ class QuantController:
         self.start, self._latest = delay_steps(self.config.delay, total_steps), -1
         self._now.update(self.values())
         own = self.estimator.role(False).calibration(total_steps)
-        self._observed = max(self.start + self.config.calibration, own)
+        calibration = 0 if sets_ranges(self.config) else self.config.calibration
+        self._observed = max(self.start + calibration, own)
         fit_weights(self.model, missing=True)
         found = list(quantizers(self.model))
         self._quantizers = [q for _, q in found]

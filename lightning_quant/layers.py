@@ -47,6 +47,7 @@ class QuantLayer(nn.Module):
     input_channels = "in_features"
     channel_axis = -1
     folds: tuple[Fold, ...] = ()  # a tuple, so that what it holds stays a child of its own parent
+    recomputes = False  # see ``QuantConfig.recompute``
 
     def forward(self, input: Tensor, *sizes: Any) -> Tensor:
         """As the float layer."""
@@ -99,6 +100,14 @@ class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Product with a matrix."""
         return F.linear(x, weight, bias)
+
+    def forward(self, input: Tensor, *sizes: Any) -> Tensor:
+        """As the float layer; where it recomputes, backward makes the rounded weight once more."""
+        if self.folds or not self.recomputes:
+            return super().forward(input)
+        own: tuple[Any, ...] = (self.weight, *self.weight_quant.parameters())
+        trained = [p for p in own if p.requires_grad]
+        return self.quant_output(recomputed(self, self.quant_input(input), trained))
 
 
 class QuantCompactLinear(QuantLinear, CompactLinear):  # type: ignore[misc]

@@ -11,7 +11,8 @@ alternate rounding and the best adapters for what rounding lost).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -102,17 +103,14 @@ class _Recomputed(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         now = _generator_states(x) if ctx.draws else []
         _set_generators(x, ctx.states)
-        q = layer._modules.get("weight_quant")
-        counted = q is not None and q.called
-        with torch.set_grad_enabled(bool(trained)):
+        twice = torch.is_grad_enabled()  # this backward shall be differentiated itself
+        with torch.set_grad_enabled(bool(trained) or twice), _unnoticed(layer._modules.get("weight_quant")):
             weight, _ = layer.quant_terms()
-        if q is not None:
-            q.called = counted
         _set_generators(x, now)
         rows = layer.output_axis  # of a Linear's weight 0, of a Conv1D's 1
         grad_x = None
         if ctx.needs_input_grad[2]:
-            dense = weight.detach().to(grad.dtype)
+            dense = (weight if twice else weight.detach()).to(grad.dtype)
             grad_x = (grad @ (dense.T if rows else dense)).to(x.dtype)
             del dense
         flat = grad.flatten(0, -2)
@@ -123,8 +121,22 @@ class _Recomputed(torch.autograd.Function):
             del weight  # before as much again is needed for its gradient
             given = x.flatten(0, -2).to(grad.dtype)
             grad_w = (given.T @ flat if rows else flat.T @ given).to(kind)
-            found = torch.autograd.grad(edge, trained, grad_w, allow_unused=True)
+            found = torch.autograd.grad(edge, trained, grad_w, allow_unused=True, create_graph=twice)
         return (None, None, grad_x, grad_bias, *found)
+
+
+@contextmanager
+def _unnoticed(q: FakeQuantizer | None) -> Iterator[None]:
+    """While open, what the quantizer does is not counted as a call of the model, nor measured."""
+    if q is None:
+        yield
+        return
+    before = q.called, q.measuring
+    q.measuring = False
+    try:
+        yield
+    finally:
+        q.called, q.measuring = before
 
 
 def _generator_states(x: Tensor) -> list[Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_quant import zero
 from lightning_quant.adapters import beside, float_path, lora_layers, other_bases
+from lightning_quant.bn_ranges import PROMISED, with_promised_ranges
 from lightning_quant.errors import AttachError, explain
 from lightning_quant.estimators import Estimator, overrides
 from lightning_quant.experts import expert_weights
@@ -50,6 +51,7 @@ class LayerPlan:
         device: Where it is.
         rows: The weight's output channels and the elements of each.
         scales: Shape of the weight's scales.
+        ends: Of the range of its inputs, where a batch normalization promises one, real.
     """
 
     path: str
@@ -62,6 +64,7 @@ class LayerPlan:
     device: torch.device
     rows: tuple[int, int]
     scales: tuple[int, ...]
+    ends: tuple[float, float] | None = None
 
     @property
     def granularity(self) -> Granularity:
@@ -116,12 +119,16 @@ def make_plan(model: nn.Module, config: QuantConfig, estimator: Estimator, value
     plan = Plan()
     convolutional = any(is_convolution(type(m)) for m in model.modules())
     candidates = _candidates(model, config, plan.report, values)
-    traced = flow(model) if config.batch_norm != "keep" or config.first_last != INHERIT else Flow()
+    promised = any(PROMISED in (c.weight.observer, c.activation and c.activation.observer) for c in candidates)
+    looked_at = config.batch_norm != "keep" or config.first_last != INHERIT or promised
+    traced = flow(model) if looked_at else Flow()
     if config.first_last != INHERIT:
         candidates = _outermost(candidates, config.first_last, traced, plan.report)
     for candidate in candidates:
         candidate = _constrained(candidate, TARGETS[config.target])
         plan.layers.append(_resolve(candidate, plan.layers, estimator, convolutional, float_dtype(model)))
+    if promised:
+        plan.layers = with_promised_ranges(model, plan.layers, traced)
     _check_adapters(model, plan, estimator)
     if not plan.layers:
         raise AttachError(
@@ -144,6 +151,8 @@ def make_plan(model: nn.Module, config: QuantConfig, estimator: Estimator, value
     for candidate, layer in zip(candidates, plan.layers, strict=True):
         what = words(layer.weight, layer.activation)
         what += ", batch norm folded in" if layer.path in plan.norms else ""
+        if candidate.activation is not None and candidate.activation.observer == PROMISED:
+            what += f", input range from {'batch normalization' if layer.ends else 'data'}"
         what += ", inputs in float" if layer.kind.stacked and candidate.activation is not None else ""
         plan.report.attached.append(Entry(layer.path, what, candidate.share))
     for path, names in plan.operators.items():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_quant import reuse
 from lightning_quant.distributed import to_local, whole
 from lightning_quant.errors import explain
-from lightning_quant.estimators import Bins, Estimator, FakeQuantize, locate, overrides
+from lightning_quant.estimators import Bins, CompiledFakeQuantize, Estimator, FakeQuantize, locate, overrides
 from lightning_quant.granularity import Granularity
 from lightning_quant.grid import Grid, reader_scale
 from lightning_quant.metrics import measure
@@ -83,6 +83,7 @@ class FakeQuantizer(nn.Module):
         self.low, self.high = self.grid.low, self.grid.high
         self.scale_shape = granularity.scale_shape(self.shape, where)
         self.enabled = True  # see ``bypass``
+        self.compiled = False  # see ``QuantConfig.compile``
         self.called = False
         self.observing = False
         self.delayed = False
@@ -185,7 +186,8 @@ class FakeQuantizer(nn.Module):
         factor = 1.0 if self.spec.dynamic else self.range.factor(self, mapped)
         interior = self.spec.dynamic or self.range.interior
         settings = (self.table, self.grid, self.clips, factor, interior, self.training, self.estimator)
-        y: Tensor = FakeQuantize.apply(view, scale, zero, *settings, *inputs)  # type: ignore[no-untyped-call]
+        function = CompiledFakeQuantize if self.compiled and not torch.compiler.is_compiling() else FakeQuantize
+        y: Tensor = function.apply(view, scale, zero, *settings, *inputs)  # type: ignore[no-untyped-call]
         if self.measuring:
             self._measure(view.detach(), scale.detach(), zero, y.detach(), mapped.detach())
         if offset is not None:

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from lightning_quant.errors import explain, unknown
+from lightning_quant.presets import resolved
 from lightning_quant.targets import TARGETS
 
 SPEC_VERSION = 1
@@ -240,9 +241,15 @@ class QuantConfig:
         distill: Learn from a teacher's outputs as well: a weight, ``Distill`` or a mapping of its fields.
         kv_cache: Grid of the keys and values that a decoder of transformers keeps (``int8``, ``fp8``), one static
             range each per layer; None: float.
-        setup: What is done to the float model before quantizers are attached, in this order: names of ``TRANSFORMS``,
-            or mappings of a name and its options, e.g. ``("smoothquant", {"name": "equalize", "relu6": True})``.
+        setup: What is done before training, in this order: names of ``TRANSFORMS``, which act on the float model, then
+            of ``TUNINGS`` and at the end one of ``ROUNDINGS``, which act on the one with quantizers; or mappings of a
+            name and its options, e.g. ``("smoothquant", {"name": "adaround", "steps": 500})``; or a preset,
+            ``"data_free"``, ``"light"`` or ``"advanced"``, in whose place its steps are kept: see ``presets``.
         setup_batches: How many batches of training data ``setup`` looks at.
+        compile: Run the quantizers' own arithmetic in compiled kernels, one pass over memory each way.  The first
+            steps compile, some seconds per kind of layer.  A model that is compiled as a whole needs it not.
+        recompute: Linear layers round their weight once more in backward instead of keeping the rounded one, which
+            saves a copy of all of them.
     """
 
     method: Any = "pege"
@@ -267,9 +274,11 @@ class QuantConfig:
     kv_cache: str | None = None
     setup: tuple[str | Mapping[str, Any], ...] = ()
     setup_batches: int = 8
+    compile: bool = False
+    recompute: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "setup", _steps(self.setup))
+        object.__setattr__(self, "setup", resolved(_steps(self.setup), self.activation is None))
         if self.setup_batches < 1:
             cure = "Use for example 8."
             raise ValueError(explain("QuantConfig.setup_batches", "1 or more batches", self.setup_batches, cure))

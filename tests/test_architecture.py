@@ -18,7 +18,7 @@ PACKAGES = ("lightning_quant", "hf_integration")
 # it may import everything here, and nothing here may import it.
 LAYERS = (
     ("errors", "version", "schedule", "distributed", "noise", "progress", "reuse", "report"),
-    ("graph", "adapters", "targets", "zero"),
+    ("graph", "adapters", "targets", "zero", "presets"),
     ("spec",),
     ("granularity", "codebooks", "scales", "integer"),
     ("grid",),
@@ -26,10 +26,10 @@ LAYERS = (
     ("resolve", "settings", "metrics", "quantizer"),
     ("norms", "operators", "packed", "bypass", "kv_cache"),
     ("layers", "transformers_layers", "experts", "lora", "bnb"),
-    ("plan", "fast_path"),
+    ("bn_ranges", "plan", "fast_path"),
     ("attach",),
     ("calibration", "curvature", "fused", "optim", "parts", "outputs", "soft_targets", "distill"),
-    ("transforms",),
+    ("transforms", "rounding"),
     ("controller",),
 )
 EDGE = len(LAYERS)
@@ -145,10 +145,11 @@ def test_only_the_callback_imports_lightning():
 
 
 def test_the_core_knows_no_framework():
-    """One file each holds what only transformers, PEFT and bitsandbytes have; it is imported when a model does."""
+    """One file each holds what only transformers, PEFT, bitsandbytes and scipy have; it is imported when needed."""
     frameworks = {"lightning", "pytorch_lightning", "transformers", "accelerate", "peft", "datasets"}
     frameworks |= {"numpy", "scipy", "matplotlib", "bitsandbytes"}
     own = ("lightning_quant.transformers_layers", "lightning_quant.lora", "lightning_quant.bnb")
+    own += ("lightning_quant.rounding.lapq",)
     for module, path in MODULES.items():
         if rank(module) < EDGE and module not in own:
             roots = {target.split(".")[0] for target in imports(path)}

@@ -10,11 +10,12 @@ import torch
 from scipy import stats
 from torch import nn, tensor
 
-from lightning_quant import QuantConfig, attach
+from lightning_quant import QuantConfig, attach, calibrate
 from lightning_quant.grid import Grid
+from lightning_quant.observers import percentile
 from lightning_quant.observers.aciq import AciqGauss, AciqLaplace, best_clip
 from lightning_quant.observers.kl import Kl, divergence
-from lightning_quant.observers.percentile import Percentile, quantile
+from lightning_quant.observers.percentile import Percentile, quantile, smallest_by_histogram
 
 # Ends of the range in spreads, 2 to 6 bits, by numerical minimization in closed form of the same error.
 WIDE = {"gauss": [2.097, 2.407, 2.709, 3.021, 3.334], "laplace": [3.434, 4.313, 5.291, 6.364, 7.508]}
@@ -81,6 +82,47 @@ def test_percentiles():
     assert Percentile().range(outlier, Grid(8))[1] < 1.01
 
 
+LONG = {
+    "normal": lambda g: torch.randn(40_000, generator=g),
+    "heavy": lambda g: torch.randn(40_000, generator=g) ** 9,
+    "outlier": lambda g: torch.cat([torch.rand(39_999, generator=g), tensor([1e30])]),
+    "ties": lambda g: torch.randint(-3, 4, (40_000,), generator=g).float(),
+    "constant": lambda g: torch.full((40_000,), 2.5),
+    "infinite": lambda g: torch.cat([torch.randn(39_999, generator=g), tensor([torch.inf])]),
+    "narrow": lambda g: 1e6 + torch.randn(40_000, generator=g),
+    "tiny": lambda g: torch.randn(40_000, generator=g) * 1e-42,
+}
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_histograms_find_the_value_that_selection_finds(monkeypatch, kind):
+    monkeypatch.setattr(percentile, "AT_ONCE", 4096)
+    row = LONG[kind](torch.Generator().manual_seed(0))
+    for k in (1, 2, 777, 20_000, 39_996, 39_999, 40_000):
+        assert torch.equal(smallest_by_histogram(row, k), row.kthvalue(k).values)
+
+
+def test_long_rows_have_the_quantiles_of_numpy(monkeypatch):
+    """The way through histograms is taken, and ends where selection does."""
+    rows = torch.randn(2, 30_000, generator=torch.Generator().manual_seed(1))
+    want = quantile(rows, 0.9999)
+    calls = []
+    monkeypatch.setattr(percentile, "LARGE", 20_000)
+    monkeypatch.setattr(percentile, "AT_ONCE", 4096)
+    real = smallest_by_histogram
+    monkeypatch.setattr(percentile, "smallest_by_histogram", lambda row, k: calls.append(k) or real(row, k))
+    assert torch.equal(quantile(rows, 0.9999), want)
+    assert len(calls) == 4  # two rows, two neighbours
+    np.testing.assert_allclose(want, np.quantile(rows.numpy(), 0.9999, axis=1), rtol=1e-6)
+
+
+def test_published_values():
+    """A 99.9th percentile, and the divergence of eight bins, of which the last takes the tail, joined to four."""
+    assert float(quantile(torch.arange(1.0, 1001.0)[None] / 1000, 0.999)) == pytest.approx(0.999001)
+    counts = tensor([[10.0, 8, 6, 4, 3, 2, 1, 1, 5]])
+    assert float(divergence(counts, 8, 4)) == pytest.approx(0.14556687, abs=1e-8)
+
+
 def brute_force(counts: list[float], kept: int, levels: int) -> float:
     """In plain Python."""
     p = list(counts[:kept])
@@ -114,19 +156,29 @@ def test_divergence_cuts_off_what_is_rare():
     assert float(high) < 20
 
 
-@pytest.mark.parametrize("name", ["percentile", "kl", "aciq_gauss", "aciq_laplace"])
-def test_weights_and_inputs_take_them(name):
+CLIPPING = ["minmax", "ema", "mse", "lp", "percentile", "kl", "aciq_gauss", "aciq_laplace"]
+
+
+@pytest.mark.parametrize("inputs", ["static", "token"])
+@pytest.mark.parametrize("weights", ["tensor", "channel", "g16"])
+@pytest.mark.parametrize("name", CLIPPING)
+def test_weights_and_inputs_take_them(name, weights, inputs):
+    """Whatever shares a scale: a tensor, a channel, a group, or for inputs a token."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
-    attach(model, QuantConfig.parse("ste", "w4a8-channel-static", observer=name))
-    from lightning_quant import calibrate
-
+    attach(model, QuantConfig.parse("ste", f"w4a8-{weights}-{inputs}", observer=name))
     x = torch.randn(64, 64)
-    calibrate(model, [x, x + 0.1])
+    if inputs == "static":
+        calibrate(model, [x, x + 0.1])
     for layer in (model[0], model[2]):
+        scales = {"tensor": 1, "channel": len(layer.weight), "g16": layer.weight.numel() // 16}[weights]
+        assert layer.weight_quant.scale.numel() == scales
         assert (layer.weight_quant.scale > 0).all()
         assert (layer.weight - layer.on_grid()).square().mean() < 0.1 * layer.weight.square().mean()
-        assert float(layer.input_quant.scale) > 0
+    assert (model[0].input_quant(x) - x).square().mean() < 1e-3 * x.square().mean()
+    if inputs == "token":  # every row has its own range
+        big = torch.cat([x, 1e3 * x[:1]])
+        assert torch.equal(model[0].input_quant(big)[:-1], model[0].input_quant(x))
 
 
 @pytest.mark.parametrize(

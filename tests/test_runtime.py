@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from lightning_quant import QuantConfig, attach, calibrate
-from lightning_quant.runtime import LowBitLinear, convert, linear4
+from lightning_quant.runtime import LowBitLinear, convert, linear4, native
 from lightning_quant.runtime.choose import Kind, RoundedLinear, build, choose
 from lightning_quant.runtime.stored import InputRule, StoredLinear
 
 CPU = torch.device("cpu")
-ROWS = (1, 7, 200)  # the kernels, and the dense pieces
+ROWS = (1, 4, 7, 40, 200)  # few rows, and many
 # of (out, in, groups, bits): padded rows, several pieces, groups cut or shared, codes narrower than their storage
 FOUR = [(192, 256, 8, 4), (100, 256, 1, 4), (64, 512, 1, 2), (1100, 1024, 8, 3), (16, 96, 3, 4)]
 EIGHT = [(100, 96, 8), (37, 100, 8), (600, 2048, 6)]  # 100 columns: the kernel would read beyond them
@@ -95,7 +95,25 @@ def test_a_row_of_zeros_has_a_scale():
     assert torch.equal(layer(torch.zeros(2, 32)), torch.zeros(2, 8))
 
 
-def test_pieces_without_a_compiler_are_the_same(monkeypatch):
+@pytest.fixture
+def no_native(monkeypatch):
+    """A processor for which nothing is compiled."""
+    monkeypatch.setattr(native, "find", lambda name: None)
+    linear4.many_rows.cache_clear()
+    yield
+    linear4.many_rows.cache_clear()
+
+
+@pytest.mark.parametrize("shape", FOUR)
+def test_int4_in_dense_pieces(shape, no_native):
+    assert linear4.many_rows().startswith("dense")
+    s = stored(*shape)
+    layer = build("int4", s, torch.bfloat16, CPU)
+    for rows in (100, 200):
+        close(layer, s, rows)
+
+
+def test_pieces_without_a_compiler_are_the_same(monkeypatch, no_native):
     s = stored(1100, 1024, 8, 4)
     layer, x = build("int4", s, torch.bfloat16, CPU), torch.randn(200, 1024).bfloat16()
     fast = layer(x)
@@ -103,11 +121,68 @@ def test_pieces_without_a_compiler_are_the_same(monkeypatch):
     assert torch.equal(layer(x), fast)
 
 
-def test_another_order_of_the_kernel_is_left_to_the_kernel(monkeypatch):
+def test_another_order_of_the_kernel_is_left_to_the_kernel(monkeypatch, no_native):
     s = stored(192, 256, 8, 4)
     layer = build("int4", s, torch.bfloat16, CPU)
     monkeypatch.setattr(linear4, "half_block", lambda: None)
+    assert linear4.many_rows() == ""
     close(layer, s, 200)
+
+
+@pytest.mark.parametrize("shape", EIGHT)
+def test_int8_without_native_kernels(shape, no_native):
+    out, width, bits = shape
+    s = stored(out, width, 1, bits)
+    layer = build("int8", s, torch.bfloat16, CPU)
+    for rows in ROWS:
+        close(layer, s, rows)
+
+
+native_only = pytest.mark.skipif(native.find("int4_tiles") is None, reason="needs AMX and a C++ compiler")
+
+
+@native_only
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 32, 33, 100])
+def test_tiles_are_the_dense_product(rows, threads):
+    """Sums of float32, whose order alone may differ, rounded once: beside float64 within half a bfloat16 step."""
+    torch.set_num_threads(threads)
+    x = torch.randn(rows, 512).bfloat16()
+    four, eight = stored(192, 512, 4, 4, bias=False), stored(75, 512, 1, 8, bias=False)
+    layer = build("int4", four, torch.bfloat16, CPU)
+    operands = x, eight.codes, eight.scale.flatten()
+    found = [
+        (layer._by_tiles(x), x.double() @ four.dense(torch.bfloat16).double().t(), exact(four, x, absolute=True)),
+        *((native.find(n)(*operands), exact(eight, x), exact(eight, x, True)) for n in ("int8_tiles", "int8_rows")),
+    ]
+    for y, expected, size in found:
+        assert y.shape == expected.shape
+        assert ((y.double() - expected).abs() <= 2**-8 * expected.abs() + 1e-6 * size).all()
+
+
+@native_only
+def test_tiles_leave_other_kernels_their_registers():
+    x, w = torch.randn(40, 512).bfloat16(), torch.randn(64, 512).bfloat16()
+    before = nn.functional.linear(x, w)
+    layer = build("int4", stored(192, 512, 4, 4), torch.bfloat16, CPU)
+    first = layer(x)
+    for _ in range(3):
+        assert torch.equal(nn.functional.linear(x, w), before)
+        assert torch.equal(layer(x), first)
+
+
+def test_without_a_compiler_there_is_a_warning_and_no_kernel(monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True}, raising=False)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    native._loaded.cache_clear()
+    try:
+        assert not native._loaded()
+    finally:
+        native._loaded.cache_clear()
+    assert "no compiled kernels" in caplog.text
+    assert "lightning-quant[runtime]" in caplog.text
+    assert list((tmp_path / "lightning_quant").iterdir()) == []
 
 
 def test_scales_that_are_rounded_cost_at_most_a_bfloat16_step():

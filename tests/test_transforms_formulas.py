@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -10,9 +11,10 @@ import torch
 from torch import nn
 
 from lightning_quant import QuantConfig
-from lightning_quant.transforms import TRANSFORMS, ocs
+from lightning_quant.transforms import TRANSFORMS, correct_bias, ocs
 from lightning_quant.transforms.absorb_bias import absorbed
 from lightning_quant.transforms.awq import awq_factors
+from lightning_quant.transforms.cayley import cayley_step
 from lightning_quant.transforms.clip import clipped_weight
 from lightning_quant.transforms.correct_bias import relu_mean
 from lightning_quant.transforms.correct_weights import corrected
@@ -21,6 +23,7 @@ from lightning_quant.transforms.grids import layer_grids
 from lightning_quant.transforms.ocs import split, split_weight
 from lightning_quant.transforms.outputs import applied_to, sums_over_inputs
 from lightning_quant.transforms.rotate import random_hadamard
+from lightning_quant.transforms.rotation import turn_inputs, turn_outputs
 from lightning_quant.transforms.smoothquant import smooth_factors, weight_absmax
 
 
@@ -174,6 +177,63 @@ def test_rotations_are_orthogonal(size):
     if size in (2, 16):
         close(h.abs(), np.full((size, size), size**-0.5), 1e-12)
     assert not torch.equal(h, random_hadamard(size, seed=4)) or size == 1
+
+
+def test_cayley_steps_against_the_iteration_of_the_paper():
+    """Y = X + a/2 W (X + Y), W = W_hat - W_hat^T, W_hat = M X^T - X (X^T M X^T) / 2, in float64 until it stands."""
+    draw = np.random.default_rng(0)
+    x, _ = np.linalg.qr(draw.normal(size=(12, 12)))
+    for lr, large in ((0.05, 1.0), (1.5, 1e-2), (1.5, 30.0)):
+        g = large * draw.normal(size=(12, 12))
+        m = -g
+        w = m @ x.T - x @ (x.T @ m @ x.T) / 2
+        w = w - w.T
+        step = min(lr, 1 / np.abs(w).sum(axis=0).max())
+        y = x + step * m
+        for _ in range(200):
+            y = x + step / 2 * w @ (x + y)
+        close(cayley_step(torch.tensor(x), torch.tensor(g), lr), y, 1e-6)
+
+
+def test_cayley_steps_stay_orthogonal_and_go_down():
+    """From random rotations to the nearest one of a matrix, which is known: U V^T of its singular vectors."""
+    draw = torch.Generator().manual_seed(0)
+    aim = torch.randn(16, 16, dtype=torch.float64, generator=draw)
+    u, _, v = torch.linalg.svd(aim)
+    u[:, -1] *= torch.det(u @ v)  # within reach of a rotation that starts at determinant 1
+    x = torch.eye(16, dtype=torch.float64)
+    losses = []
+    for _ in range(800):
+        losses.append(float((x - aim).square().sum()))
+        x = cayley_step(x, 2 * (x - aim), 0.1)
+    one = torch.eye(16, dtype=torch.float64)
+    torch.testing.assert_close(x @ x.T, one, atol=1e-10, rtol=0)
+    assert all(b <= a + 1e-9 for a, b in itertools.pairwise(losses))
+    torch.testing.assert_close(x, u @ v, atol=1e-3, rtol=0)
+    torch.testing.assert_close(cayley_step(x, torch.zeros_like(x), 1.5), x)
+
+
+def test_rotated_blocks_by_hand():
+    """Weights are turned block by block: W R for what reads, R^T W and R^T b for what writes."""
+    w, b = torch.arange(12.0, dtype=torch.float64).view(4, 3), torch.arange(4.0, dtype=torch.float64)
+    r = random_hadamard(2, seed=5)
+    blocks = np.kron(np.eye(2), r.numpy())
+    close(turn_outputs(w, r), blocks.T @ w.numpy())
+    close(turn_outputs(b, r), blocks.T @ b.numpy())
+    close(turn_inputs(w.T, r), w.T.numpy() @ blocks)
+
+
+def test_empirical_bias_correction_against_the_oracle():
+    """b - E[(Q(W) - W) x]."""
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Linear(8, 5))
+    x, config = torch.randn(40, 8) + 1, QuantConfig.parse("ste", "w2a16-channel")
+    w, b = (p.detach().double().numpy().copy() for p in (net[0].weight, net[0].bias))
+    rounded = layer_grids(net, config)["0"].weight(net[0].weight.detach()).double().numpy()
+    correct_bias(net, [x[:25], x[25:]], config)
+    want = b - ((rounded - w) @ x.double().numpy().T).mean(axis=1)
+    assert np.abs(want - b).max() > 0.01
+    np.testing.assert_allclose(net[0].bias.detach().numpy(), want, atol=1e-5)
 
 
 LAYERS = (

@@ -22,6 +22,18 @@ def test_words_are_those_of_the_reader(monkeypatch, bits, shape, at_once):
     assert torch.equal(words.pack_words(codes, bits), pack_to_int32(codes, bits))
 
 
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("shape", [(128, 1), (128, 4), (33, 2), (1, 5)])
+def test_zero_points_are_packed_along_rows(bits, shape):
+    half = 1 << (bits - 1)
+    zeros = torch.randint(-half, half, shape, dtype=torch.int8, generator=torch.Generator().manual_seed(bits))
+    packed = words.pack_words(zeros.t(), bits).t()
+    assert torch.equal(packed, pack_to_int32(zeros, bits, packed_dim=0))
+    without_values = words.pack_words(zeros.t().to("meta"), bits).t()
+    assert without_values.is_meta
+    assert without_values.shape == packed.shape
+
+
 SCHEMES = ["w4a16-g32", "w4a16-g32-asym", "w8a16", "w8a16-tensor", "nf4-g32", "w1.58a16-channel", "w1a16-g32"]
 
 

@@ -35,18 +35,18 @@ ELEMENT = {"theta": "element"}
 CANDIDATES: dict[str, dict[str, Any]] = {
     "plain": {"kind": "plain"},
     **{
-        f"ours {method}{' element' if options else ''} {scheme}": {
+        f"ours {method} {scheme}": {
             "kind": "ours",
-            "method": method,
+            "method": method.split()[0],
             "scheme": scheme,
-            "options": options,
+            "options": (ELEMENT if "element" in method else {}) | ({"compile": True} if "compiled" in method else {}),
         }
         for scheme, methods in {
-            "w4a16-g32": ("ste", "lsq", "ewgs", "dsq", "pege", "pege element"),
-            "w8a8": ("ste", "dsq", "pege"),
-            "w8a8-static": ("ste", "lsq", "dsq", "pege"),
+            "w4a16-g32": ("ste", "lsq", "ewgs", "pege", "pege element"),
+            "w8a8": ("ste", "pege"),
+            "w8a8-static": ("ste", "lsq", "pege"),
         }.items()
-        for method, options in ((m.split()[0], ELEMENT if " " in m else {}) for m in methods)
+        for method in (f"{name}{way}" for name in methods for way in ("", " compiled"))
     },
     **{
         f"{library} {scheme}": {"kind": library, "scheme": scheme}

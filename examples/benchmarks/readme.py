@@ -25,12 +25,12 @@ import logging_cost  # noqa: E402
 import overhead  # noqa: E402
 import ptq  # noqa: E402
 import qlora_memory  # noqa: E402
+import roofline_check  # noqa: E402
 import runtime  # noqa: E402
 from demo import table as demo_table  # noqa: E402
 
 from lightning_quant import ESTIMATORS, catalog  # noqa: E402
-from lightning_quant.transforms import TRANSFORMS  # noqa: E402
-from lightning_quant.transforms.setup import OWN  # noqa: E402
+from lightning_quant.transforms.setup import KINDS, OWN  # noqa: E402
 
 
 def results(name: str) -> dict[str, Any]:
@@ -69,14 +69,13 @@ def methods_section() -> str:
 
 
 def setup_section() -> str:
-    lines = ["| transform | what | options | paper | file |", "|---" * 5 + "|"]
-    for name, transform in TRANSFORMS.items():
-        text = inspect.getdoc(transform) or ""
-        options = [
-            f"{p.name}={p.default!r}" for p in inspect.signature(transform).parameters.values() if p.name not in OWN
-        ]
-        link = "".join(f"[{n}](https://arxiv.org/abs/{n})" for n in re.findall(r"arXiv:(\d{4}\.\d{5})", text)[:1])
-        file = transform.__module__.replace(".", "/") + ".py"
+    lines = ["| step | what | options | paper | file |", "|---" * 5 + "|"]
+    for name, step in (pair for _, known in KINDS for pair in known.items()):
+        text = inspect.getdoc(step) or ""
+        options = [f"{p.name}={p.default!r}" for p in inspect.signature(step).parameters.values() if p.name not in OWN]
+        links = re.findall(r"arXiv:(\d{4}\.\d{5})", text + (inspect.getdoc(sys.modules[step.__module__]) or ""))
+        link = "".join(f"[{n}](https://arxiv.org/abs/{n})" for n in links[:1])
+        file = step.__module__.replace(".", "/") + ".py"
         what = text.splitlines()[0].rstrip(".").removesuffix(", in place").replace("|", "\\|").replace("``", "`")
         given = ", ".join(f"`{option}`" for option in options)
         lines.append(f"| `{name}` | {what} | {given} | {link} | [{Path(file).name}]({file}) |")
@@ -94,6 +93,7 @@ SECTIONS = {
     "export": lambda: export_7b.table(results("export")),
     "ptq": lambda: ptq.table(results("ptq")),
     "qlora": lambda: qlora_memory.table(results("qlora")),
+    "roofline": lambda: roofline_check.table(results("roofline")),
     "runtime": lambda: runtime.table(results("runtime")),
     "demo": demo_section,
 }

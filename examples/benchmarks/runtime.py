@@ -2,8 +2,8 @@
 
 A stack of Linear layers shaped like a Llama's MLP, of each kind more than ``--cold`` MiB so that no cache holds it, is
 walked by all kinds in turn; a figure is the median over rounds of bfloat16's time over the kind's in the same round.
-The same runs find the rows up to which the kernels beat dense copies (``PACK_ROWS`` in ``lightning_quant/runtime``),
-and a whole Llama decodes and reads prompts.
+The same runs find the rows up to which few rows' kernels beat many rows' (``PACK_ROWS`` in
+``lightning_quant/runtime``), and a whole Llama decodes and reads prompts.
 
     python examples/benchmarks/runtime.py             # everything
     python examples/benchmarks/runtime.py --table     # the table of the last results
@@ -118,17 +118,18 @@ def limited(walk: Callable[[], float], kind: str, rows: int) -> Callable[[], flo
 
 
 def crossing(layers: list[nn.Module], kind: str, rows: list[int], rounds: int) -> dict[str, Any]:
-    """Time of the dense copy over the kernel's at several numbers of rows, and where the kernel stops to win."""
+    """Time of what many rows take over the few rows' kernel at several numbers of rows, and where that stops to win."""
     ratios = {}
     for n in rows:
         walk = walker(layers, n)
-        runs = {"dense": limited(walk, kind, 0), "kernel": limited(walk, kind, 10**9)}
-        ratios[n] = by_turns(runs, rounds, "dense")["kernel"]["ratio"]
+        runs = {"many": limited(walk, kind, 0), "few": limited(walk, kind, 10**9)}
+        ratios[n] = by_turns(runs, rounds, "many")["few"]["ratio"]
     lost = [n for n in rows if ratios[n] < 1]
     return {
-        "kernel_over_dense": ratios,
+        "few_over_many": ratios,
         "wins_below": min(lost, default=None),
-        "used": LIMITS[kind].PACK_ROWS[has_amx()],
+        "many": LIMITS[kind].many_rows(),
+        "used": LIMITS[kind].PACK_ROWS[LIMITS[kind].many_rows()],
     }
 
 
@@ -211,7 +212,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 64, 256])
-    parser.add_argument("--limits", type=int, nargs="*", default=[4, 8, 12, 16, 24, 32, 48, 64, 96, 128])
+    parser.add_argument("--limits", type=int, nargs="*", default=[2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 64, 96])
     sizes = {"hidden": 2048, "intermediate": 5632, "cold": 640, "tokens": 16, "prompt": 64, "vocab": 8192}
     sizes |= {"layers": 12, "model_hidden": 1024, "model_intermediate": 2816}
     for name, value in sizes.items():

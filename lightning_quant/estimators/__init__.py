@@ -19,6 +19,7 @@ from lightning_quant.estimators.base import (
 from lightning_quant.estimators.binary import Binary
 from lightning_quant.estimators.bireal import BiReal
 from lightning_quant.estimators.clip_q import ClipQ
+from lightning_quant.estimators.compiled import CompiledFakeQuantize
 from lightning_quant.estimators.dampen import Dampen
 from lightning_quant.estimators.dorefa import Dorefa
 from lightning_quant.estimators.dsq import Dsq
@@ -108,6 +109,7 @@ __all__ = [
     "ESTIMATORS",
     "About",
     "Bins",
+    "CompiledFakeQuantize",
     "Estimator",
     "FakeQuantize",
     "Gradient",

@@ -11,7 +11,7 @@ the estimator's dQ/du; for the straight-through estimator it is LSQ's gradient o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -281,62 +281,122 @@ class FakeQuantize(torch.autograd.Function):
         * rule: The estimator.
         * Its tensors.
         """
-        scale, zero, table, grid, clips, factor, interior, training, rule, *rest = args
-        inputs: tuple[Tensor, ...] = tuple(rest)
-        y: Tensor
-        if clips or rule.needs_bins or ctx.needs_input_grad[1]:
-            tensors = (zero, table) if isinstance(zero, Tensor) else (table,)
-            ctx.save_for_backward(x, scale, *tensors, *inputs)
-        ctx.constants = (None if isinstance(zero, Tensor) else zero, grid, clips, factor, interior, training, rule)
-        wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-        u = torch.div(wide, scale)
-        offset = isinstance(zero, Tensor) or zero != 0
-        if offset:
-            u = u.add_(zero)
-        if table is not None:
-            y = grid.round(u, table)
-        else:
-            y = rule.decode(rule.assign(u, grid, inputs, training), inputs)
-        if offset:
-            y = y.sub_(zero)
-        y = y.mul_(scale)
-        if training:
-            y = rule.blend(wide, y, inputs)
-        return y.to(x.dtype)
+        return begin(ctx, quantized, x, *args)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         """Apply the rule; see the module's formulas."""
-        zero, grid, clips, factor, interior, training, rule = ctx.constants
-        learns = ctx.needs_input_grad[1]
-        if not (clips or rule.needs_bins or learns):
-            return (grad, *(None,) * (len(ctx.needs_input_grad) - 1))
-        x, scale, *inputs = ctx.saved_tensors
-        if zero is None:
-            zero, *inputs = inputs
-        table, *inputs = inputs
-        offset = isinstance(zero, Tensor) or zero != 0
-        wide = torch.promote_types(x.dtype, torch.float32)
-        g = grad.to(wide)
-        u = torch.div(x.to(wide), scale)
-        if offset:
-            u = u.add_(zero)
-        kept = inside(g, u, *grid.span(rule.edges(grid))) if clips else g
-        bins = None
-        if learns or rule.needs_bins:
-            bins = locate(u, scale, table, grid, rule, tuple(inputs), training)
-        out = rule.gradient(kept, bins, tuple(inputs))
-        scale_grad = None
-        if learns and bins is not None:
-            code = out.soft if out.soft is not None else bins.code if interior else bins.u
-            if out.soft is None and interior:
-                code = rule.decode(code, inputs)
-            if table is not None:
-                code = grid.level(code, table)
-            code, real = (code - zero, u - zero) if offset else (code, u)
-            terms = (g * code).addcmul_(out.task, real, value=-1)
-            scale_grad = terms.sum_to_size(scale.shape).mul_(factor).to(scale.dtype)
-        return (out.x.to(grad.dtype), scale_grad, *(None,) * 8, *out.state)
+        return finish(ctx, gradients, grad)
+
+
+def begin(ctx: Any, quantized: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:
+    """Save what backward needs, and quantize.
+
+    Args:
+        ctx: Autograd's.
+        quantized: The function of that name, or what computes the same.
+        x: The input.
+        args: See ``FakeQuantize``.
+    """
+    scale, zero, table, grid, clips, factor, interior, training, rule, *rest = args
+    if clips or rule.needs_bins or ctx.needs_input_grad[1]:
+        tensors = (zero, table) if isinstance(zero, Tensor) else (table,)
+        ctx.save_for_backward(x, scale, *tensors, *rest)
+    ctx.zero, ctx.factor = None if isinstance(zero, Tensor) else zero, factor
+    ctx.settings = Settings(grid, clips, interior, training, rule)
+    return quantized(ctx.settings, x, scale, zero, table, *rest)
+
+
+def finish(ctx: Any, gradients: Callable[..., Gradients], grad: Tensor) -> tuple[Any, ...]:
+    """What autograd wants, one per argument of ``apply``, out of ``gradients`` or what computes the same."""
+    settings: Settings = ctx.settings
+    learns = ctx.needs_input_grad[1]
+    if not (settings.clips or settings.rule.needs_bins or learns):
+        return (grad, *(None,) * (len(ctx.needs_input_grad) - 1))
+    x, scale, *rest = ctx.saved_tensors
+    zero = ctx.zero
+    if zero is None:
+        zero, *rest = rest
+    found = gradients(settings, learns, grad, x, scale, zero, *rest)
+    moved = None if found.scale is None else found.scale.mul_(ctx.factor).to(scale.dtype)
+    return (found.x, moved, *(None,) * 8, *found.state)
+
+
+class Settings(NamedTuple):
+    """What is constant in a quantizer's arithmetic: see ``FakeQuantize.forward``."""
+
+    grid: Grid
+    clips: bool
+    interior: bool
+    training: bool
+    rule: Estimator
+
+
+class Gradients(NamedTuple):
+    """Of the input, the scale (before its factor and in float32) and the rule's tensors."""
+
+    x: Tensor
+    scale: Tensor | None
+    state: tuple[Tensor | None, ...]
+
+
+def quantized(
+    settings: Settings, x: Tensor, scale: Tensor, zero: Tensor | float, table: Tensor | None, *inputs: Tensor
+) -> Tensor:
+    """The forward's arithmetic."""
+    grid, _, _, training, rule = settings
+    y: Tensor
+    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    u = torch.div(wide, scale)
+    offset = isinstance(zero, Tensor) or zero != 0
+    if offset:
+        u = u.add_(zero)
+    if table is not None:
+        y = grid.round(u, table)
+    else:
+        y = rule.decode(rule.assign(u, grid, inputs, training), inputs)
+    if offset:
+        y = y.sub_(zero)
+    y = y.mul_(scale)
+    if training:
+        y = rule.blend(wide, y, inputs)
+    return y.to(x.dtype)
+
+
+def gradients(
+    settings: Settings,
+    learns: bool,
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero: Tensor | float,
+    table: Tensor | None,
+    *inputs: Tensor,
+) -> Gradients:
+    """The backward's arithmetic; ``learns``: the scale wants a gradient."""
+    grid, clips, interior, training, rule = settings
+    offset = isinstance(zero, Tensor) or zero != 0
+    wide = torch.promote_types(x.dtype, torch.float32)
+    g = grad.to(wide)
+    u = torch.div(x.to(wide), scale)
+    if offset:
+        u = u.add_(zero)
+    kept = inside(g, u, *grid.span(rule.edges(grid))) if clips else g
+    bins = None
+    if learns or rule.needs_bins:
+        bins = locate(u, scale, table, grid, rule, inputs, training)
+    out = rule.gradient(kept, bins, inputs)
+    scale_grad = None
+    if learns and bins is not None:
+        code = out.soft if out.soft is not None else bins.code if interior else bins.u
+        if out.soft is None and interior:
+            code = rule.decode(code, inputs)
+        if table is not None:
+            code = grid.level(code, table)
+        code, real = (code - zero, u - zero) if offset else (code, u)
+        terms = (g * code).addcmul_(out.task, real, value=-1)
+        scale_grad = terms.sum_to_size(scale.shape)
+    return Gradients(out.x.to(grad.dtype), scale_grad, out.state)
 
 
 def locate(

@@ -73,8 +73,6 @@ def arguments(spec: TensorSpec, dtype: str | None = None) -> dict[str, Any]:
 
 
 def _words(matrix: Matrix, quantizer: FakeQuantizer, dtype: torch.dtype) -> dict[str, Tensor]:
-    from compressed_tensors.compressors import pack_to_int32
-
     bits = int(quantizer.spec.bits)
     found = {
         "weight_packed": pack_words(matrix.codes, bits),
@@ -82,8 +80,7 @@ def _words(matrix: Matrix, quantizer: FakeQuantizer, dtype: torch.dtype) -> dict
         "weight_scale": matrix.scale.to(dtype),
     }
     if matrix.zero is not None:
-        zero = matrix.zero.to(torch.int8).cpu().contiguous()
-        found["weight_zero_point"] = pack_to_int32(zero, bits, packed_dim=0).contiguous()
+        found["weight_zero_point"] = pack_words(matrix.zero.to(torch.int8).t(), bits).t().contiguous()
     return found
 
 

@@ -7,9 +7,11 @@ from lightning_quant.observers.absmean import AbsMean
 from lightning_quant.observers.aciq import AciqGauss, AciqLaplace
 from lightning_quant.observers.als import Als
 from lightning_quant.observers.base import Observer
+from lightning_quant.observers.bn_stats import BnStats
 from lightning_quant.observers.ema import Ema
 from lightning_quant.observers.half_gauss import HalfGauss, HalfGaussUnit
 from lightning_quant.observers.kl import Kl
+from lightning_quant.observers.lp import Lp
 from lightning_quant.observers.lsq_init import LsqInit
 from lightning_quant.observers.minmax import MinMax
 from lightning_quant.observers.mse import Mse
@@ -26,6 +28,7 @@ OBSERVERS: dict[str, type[Observer]] = {
     "ema": Ema,
     "mse": Mse,
     "mse_ends": MseEnds,
+    "lp": Lp,
     "lsq_init": LsqInit,
     "three_sigma": ThreeSigma,
     "seq_init": SeqInit,
@@ -40,6 +43,7 @@ OBSERVERS: dict[str, type[Observer]] = {
     "kl": Kl,
     "aciq_gauss": AciqGauss,
     "aciq_laplace": AciqLaplace,
+    "bn_stats": BnStats,
 }
 
 

@@ -18,11 +18,12 @@ ELSEWHERE = 2**24
 
 @dataclass(frozen=True)
 class Mse(Observer):
-    """``argmin over c of ||x - Q(x; c * range)||^2`` on a grid of shrink factors c.
+    """``argmin over c of sum |x - Q(x; c * range)|^power`` on a grid of shrink factors c.
 
     Args:
         candidates: How many factors are tried.
         smallest: The smallest factor; the largest is 1.
+        power: 2 is the squared error; more keeps the range wider.
 
     Source: the search over clipping factors is common practice; see Choukroun et al., arXiv:1902.06822.
     """
@@ -31,14 +32,13 @@ class Mse(Observer):
 
     candidates: int = 48
     smallest: float = 0.2
+    power: float = 2.0
 
     def __post_init__(self) -> None:
-        if self.candidates < 1 or not 0 < self.smallest <= 1:
-            raise ValueError(
-                explain(
-                    "Mse", "candidates >= 1 and 0 < smallest <= 1", (self.candidates, self.smallest), "Use 48, 0.2."
-                )
-            )
+        if self.candidates < 1 or not 0 < self.smallest <= 1 or self.power <= 0:
+            got = (self.candidates, self.smallest, self.power)
+            expected = "candidates >= 1 and 0 < smallest <= 1, and power > 0"
+            raise ValueError(explain("Mse", expected, got, "Use 48, 0.2, 2."))
 
     def range(self, rows: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """See the class."""
@@ -61,7 +61,8 @@ class Mse(Observer):
                 code = encode(rows, scale[:, None], point, grid.low, grid.high)
             else:
                 code = grid.round(rows / scale[:, None], table)
-            error = decode(code, scale[:, None], point).sub_(rows).square_().sum(dim=1)
+            apart = decode(code, scale[:, None], point).sub_(rows)
+            error = (apart.square_() if self.power == 2 else apart.abs_().pow_(self.power)).sum(dim=1)
             better = error < best
             best = torch.where(better, error, best)
             best_low = torch.where(better, low * factor, best_low)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_quant import zero
 from lightning_quant.errors import explain
-from lightning_quant.estimators import overrides
+from lightning_quant.estimators import Estimator, overrides
 from lightning_quant.layers import QuantLayer, is_compact
 
 
@@ -219,10 +219,19 @@ def check(layer: QuantLayer, path: str) -> None:
         raise ValueError(explain(where, expected, "a sharded one", "Round before the model is sharded."))
     if is_compact(layer):
         raise ValueError(explain(where, expected, "one stored in a few bits", "Load the model in float."))
-    if overrides(q.estimator, "assign", "decode", "transform"):
-        name = type(q.estimator).__name__.lower()
-        cure = "Round with method='ste', or one that rounds to the nearest level, such as lsq or pege."
-        raise ValueError(explain(where, expected, f"method {name!r}, which chooses codes itself", cure))
+    check_method(q.estimator, where)
     if not q.ready:
         cure = "Load the quantizers' state, or call lightning_quant.calibration.fit_weights(model)."
         raise ValueError(explain(where, "a range", "none: attached with fit=False", cure))
+
+
+def check_method(estimator: Estimator, where: str) -> None:
+    """Refuse methods that do not round a weight, as it is, to the nearest level.
+
+    Raises:
+        ValueError: With the cure.
+    """
+    if overrides(estimator, "assign", "decode", "transform"):
+        got = f"method {type(estimator).__name__.lower()!r}, which chooses codes itself"
+        cure = "Round with method='ste', or one that rounds to the nearest level, such as lsq or pege."
+        raise ValueError(explain(where, "a weight that is rounded as it is", got, cure))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from lightning_quant.errors import unknown
@@ -11,6 +11,7 @@ from lightning_quant.rounding.adaquant import AdaQuant
 from lightning_quant.rounding.adaround import AdaRound
 from lightning_quant.rounding.brecq import Brecq
 from lightning_quant.rounding.gptq import Gptq
+from lightning_quant.rounding.lapq import LapqReport, lapq
 from lightning_quant.rounding.qdrop import QDrop
 from lightning_quant.rounding.rtn import Rtn
 from lightning_quant.rounding.unit import Errors, Unit
@@ -40,9 +41,15 @@ ROUNDINGS: dict[str, type[Rounding]] = {
     "qdrop": QDrop,
 }
 
+# What sets ranges with the whole model in view: called with a model with quantizers and batches; other parameters are
+# its options.
+TUNINGS: dict[str, Callable[..., LapqReport]] = {"lapq": lapq}
+
+STEPS = "steps"  # another word for iterations, the one that training has
+
 
 def build_rounding(name: str, options: Mapping[str, Any]) -> Rounding:
-    """A rounding by name, with settings.
+    """A rounding by name, with settings; ``steps`` is another word for ``iterations``.
 
     Raises:
         ValueError: Unknown name or setting.
@@ -50,6 +57,8 @@ def build_rounding(name: str, options: Mapping[str, Any]) -> Rounding:
     if name not in ROUNDINGS:
         raise ValueError(unknown("rounding", name, ROUNDINGS, "rounding"))
     known = list(inspect.signature(ROUNDINGS[name]).parameters)
+    if "iterations" in known and STEPS in options and "iterations" not in options:
+        options = {"iterations" if option == STEPS else option: value for option, value in options.items()}
     for option in options:
         if option not in known:
             raise ValueError(unknown("option", option, known or ["(none)"], f"rounding {name!r}"))

@@ -162,7 +162,7 @@ def _mixed(call: Call, other: Call, share: float, draw: torch.Generator) -> Call
         return a
 
     args, kwargs = tree_map(pick, (call.args, call.kwargs), (other.args, other.kwargs))
-    return Call(args, kwargs)
+    return Call(args, kwargs, call.path)
 
 
 def _mix(y: Tensor, x: Tensor, share: float, draw: torch.Generator) -> Tensor:

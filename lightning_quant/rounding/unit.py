@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lightning_quant.attach import quant_layers
 from lightning_quant.layers import QuantEmbedding, QuantLayer
 from lightning_quant.rounding.held import Held
+from lightning_quant.transforms.pairs import Inputs
 
 Errors = dict[str, tuple[float, float]]
 
@@ -26,14 +27,18 @@ class Call:
     Attributes:
         args: By position.
         kwargs: By name.
+        path: Submodule that they are for; empty for the module itself.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)
+    path: str = ""
 
     @staticmethod
     def of(batch: Any) -> Call:
-        """A batch of any of the usual forms: keyword arguments, positional ones, or one tensor."""
+        """A batch of any of the usual forms: keyword arguments, positional ones, one tensor, or ``Inputs``."""
+        if isinstance(batch, Inputs):
+            return Call(batch.args, batch.kwargs, batch.path)
         if isinstance(batch, Mapping):
             return Call((), dict(batch))
         return Call(tuple(batch) if isinstance(batch, (tuple, list)) else (batch,))
@@ -41,7 +46,7 @@ class Call:
     def run(self, module: nn.Module) -> Any:
         """The module's output; the arguments stay as they are."""
         args, kwargs = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, (self.args, self.kwargs))
-        return module(*args, **kwargs)
+        return module.get_submodule(self.path)(*args, **kwargs)
 
 
 @dataclass

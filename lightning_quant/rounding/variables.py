@@ -17,12 +17,16 @@ class Variable(nn.Module):
 
     Attributes:
         v: What is trained, (rows, columns).
+        called: Is read and set as a quantizer's is.
+        measuring: Likewise.
 
     Args:
         held: The weight and its grid.
     """
 
     v: nn.Parameter
+    called = False
+    measuring = False
 
     def __init__(self, held: Held) -> None:
         super().__init__()

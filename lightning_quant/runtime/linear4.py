@@ -1,12 +1,13 @@
 """Weights of up to 4 bits beside bfloat16 inputs, on PyTorch's int4 kernel.
 
 Few rows (decoding) go through the kernel, which reads half a byte per weight.  It unpacks the weights again for every
-few rows, so many rows (prompts, batches) multiply with a dense bfloat16 copy instead, made in pieces that fit into a
-cache: the memory for it is ``CHUNK_BYTES`` whatever the layer's size.
+few rows, so more rows (prompts, batches) go through a kernel of our own where the processor has AMX (``native``).
+Elsewhere many rows multiply with a dense bfloat16 copy, made in pieces that fit into a cache: the memory for it is
+``CHUNK_BYTES`` whatever the layer's size.
 
-Numerics: the kernel multiplies (code * scale) in float32 and rounds the output once; the dense copy has the value
-bf16(code * scale), as a reader that dequantizes has it.  Scales are rounded to bfloat16, which changes nothing where
-the file holds bfloat16, and up to 2^-8 of a weight where it holds float32 or float16.
+Numerics: the kernel multiplies (code * scale) in float32 and rounds the output once; with more rows the weight has the
+value bf16(code * scale), as a reader that dequantizes has it.  Scales are rounded to bfloat16, which changes nothing
+where the file holds bfloat16, and up to 2^-8 of a weight where it holds float32 or float16.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from lightning_quant.runtime import native
 from lightning_quant.runtime.base import CHUNK_BYTES, LowBitLinear, has_amx
 from lightning_quant.runtime.stored import StoredLinear
 
 GROUPS = (256, 128, 64, 32)  # group sizes that the kernel has, the fastest first
-# Rows up to which the kernel beats the dense copy, without and with AMX; examples/benchmarks/runtime.py measures it.
-PACK_ROWS = {False: 80, True: 26}
+# Rows up to which the kernel beats what many rows take; examples/benchmarks/runtime.py measures it.
+PACK_ROWS = {"tiles": 6, "dense with AMX": 26, "dense": 80}
 BLOCK = 64  # rows of weight that the CPU kernel interleaves; others are padded to a multiple
 CUDA_TILES = 8
 
@@ -87,6 +89,16 @@ def fast_dense_block() -> Callable[[Tensor, Tensor], Tensor]:
     return compiled
 
 
+@cache
+def many_rows() -> str:
+    """What many rows take on this machine: a key of ``PACK_ROWS``, or ``""`` where only the kernel knows its format."""
+    if half_block() == 32 and native.find("int4_tiles"):
+        return "tiles"
+    if half_block() is None:
+        return ""
+    return "dense with AMX" if has_amx() else "dense"
+
+
 class Int4Linear(LowBitLinear):
     """Codes of at most 4 bits in groups; computes in bfloat16.
 
@@ -121,9 +133,15 @@ class Int4Linear(LowBitLinear):
 
     def product(self, x: Tensor) -> Tensor:
         """As ``LowBitLinear.product``."""
-        if len(x) > PACK_ROWS[has_amx()] and x.device.type == "cpu" and half_block() is not None:
-            return self._by_dense(x)
-        return self._by_kernel(x, self.scale_zero)
+        way = many_rows() if x.device.type == "cpu" else ""
+        if not way or len(x) <= PACK_ROWS[way]:
+            return self._by_kernel(x, self.scale_zero)
+        return self._by_tiles(x) if way == "tiles" else self._by_dense(x)
+
+    def _by_tiles(self, x: Tensor) -> Tensor:
+        tiles = native.find("int4_tiles")
+        assert tiles is not None, "many_rows asked"
+        return tiles(x, self.packed, self.scale_zero)[:, : self.out_features]
 
     def _by_kernel(self, x: Tensor, scale_zero: Tensor) -> Tensor:
         if x.device.type == "cuda":

@@ -19,6 +19,7 @@ from lightning_quant.transforms.reestimate_bn import reestimate_bn
 from lightning_quant.transforms.rescale import Applied, TransformReport
 from lightning_quant.transforms.rotate import rotate
 from lightning_quant.transforms.smoothquant import smoothquant
+from lightning_quant.transforms.spinquant import spinquant
 
 # By the names that QuantConfig.setup takes; each is called with the model and batches, and with the config if it has
 # a parameter of that name.  Its other parameters are its options.
@@ -26,6 +27,7 @@ TRANSFORMS: dict[str, Callable[..., TransformReport]] = {
     "smoothquant": smoothquant,
     "awq": awq,
     "rotate": rotate,
+    "spinquant": spinquant,
     "equalize": equalize,
     "absorb_bias": absorb_bias,
     "clip_weights": clip_weights,
@@ -49,4 +51,5 @@ __all__ = [
     "reestimate_bn",
     "rotate",
     "smoothquant",
+    "spinquant",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_quant.transforms.equalize import layers_before_norms
 from lightning_quant.transforms.outputs import add_to_output, sums_over_inputs
 from lightning_quant.transforms.pairs import as_batches, find_pairs, whole
+from lightning_quant.transforms.precision import computed_in_float32
 from lightning_quant.transforms.rescale import Applied, TransformReport, difference
 
 SIGMAS = 3.0
@@ -26,6 +27,7 @@ def absorbed(beta: Tensor, gamma: Tensor) -> Tensor:
     return (beta - SIGMAS * gamma.abs()).clamp(min=0)
 
 
+@computed_in_float32
 @torch.no_grad()
 def absorb_bias(model: nn.Module, batches: Iterable[Any]) -> TransformReport:
     """Take ``c = max(0, beta - 3 gamma)`` off a batch normalization's bias and add ``W c`` after its readers, in place.
@@ -41,16 +43,19 @@ def absorb_bias(model: nn.Module, batches: Iterable[Any]) -> TransformReport:
     Source: Nagel et al., ICCV 2019, arXiv:1906.04721.
     """
     batch = as_batches(batches)[0]
-    pairs, norms = find_pairs(model, batch), layers_before_norms(model)
+    pairs, norms = find_pairs(model, batch), layers_before_norms(model, batch)
     after = {layer: norm for norm, layer in norms.items()}
     report = TransformReport(refused=dict(pairs.refused))
     part = whole(model, batch)[1]
+    if not any(isinstance(model.get_submodule(p.producer), nn.modules.batchnorm._BatchNorm) for p in pairs.found):
+        report.refused[type(model).__name__] = "no layer reads a batch normalization"
     for pair in pairs.found:
         producer: Any = model.get_submodule(pair.producer)
         if not isinstance(producer, nn.modules.batchnorm._BatchNorm):
             continue
         c = absorbed(producer.bias, producer.weight)
         if not bool(c.any()):
+            report.refused[pair.producer] = "no bias exceeds three times its scale"
             continue
         kept, start = {k: v.clone() for k, v in model.state_dict().items()}, part()
         producer.bias.sub_(c)

@@ -14,6 +14,7 @@ from lightning_quant.transforms.clip import clip_weights
 from lightning_quant.transforms.grids import layer_grids
 from lightning_quant.transforms.observe import input_absmean
 from lightning_quant.transforms.pairs import Pair, as_batches, find_pairs
+from lightning_quant.transforms.precision import computed_in_float32
 from lightning_quant.transforms.rescale import TransformReport, rescale
 from lightning_quant.transforms.trial import errors
 
@@ -30,6 +31,7 @@ def awq_factors(magnitudes: Tensor, a: float) -> Tensor:
     return s / (s.max() * s.min()).sqrt()
 
 
+@computed_in_float32
 @torch.no_grad()
 def awq(
     model: nn.Module, batches: Iterable[Any], config: QuantConfig, points: int = 20, clip: bool = False
@@ -62,12 +64,15 @@ def awq(
     mean = input_absmean(model, data, {path for pair in pairs.found for path in pair.consumers})
     for pair in pairs.found:
         if not any(path in grids for path in pair.consumers):
+            report.refused[pair.producer] = "what reads it stays in float"
             continue
         trials = [awq_factors(_of_producer(pair, mean), i / points) for i in range(points)]
         found = errors(model, pair, trials, grids, inputs=False)
         best = min(range(points), key=found.__getitem__)
         if best:
             rescale(model, pair, trials[best], "awq", report)
+        else:
+            report.refused[pair.producer] = "no exponent lowers the error of its block"
     if clip:
         report.add(clip_weights(model, data, config))
     return report

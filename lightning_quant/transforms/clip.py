@@ -14,12 +14,14 @@ from lightning_quant.spec import QuantConfig
 from lightning_quant.transforms.grids import LayerGrid, layer_grids
 from lightning_quant.transforms.observe import channels_last, watch_inputs
 from lightning_quant.transforms.pairs import as_batches, whole
+from lightning_quant.transforms.precision import computed_in_float32
 from lightning_quant.transforms.rescale import Applied, TransformReport, difference
 
 STEPS = 10
 ROWS, CHUNK = 256, 64
 
 
+@computed_in_float32
 @torch.no_grad()
 def clip_weights(model: nn.Module, batches: Iterable[Any], config: QuantConfig) -> TransformReport:
     """Clip the weights of linear layers at ``max (1 - i/20)``, i in 0...9, per group and output channel, in place.
@@ -41,10 +43,12 @@ def clip_weights(model: nn.Module, batches: Iterable[Any], config: QuantConfig) 
     layers = {path: grid for path, grid in grids.items() if isinstance(model.get_submodule(path), nn.Linear)}
     read = _samples(model, data, layers)
     report = TransformReport()
+    report.refused = {p: f"{type(model.get_submodule(p)).__name__} is no Linear" for p in grids if p not in layers}
     start = whole(model, data[0])[1]()
     for path, grid in track(sorted(layers.items()), "clipping weights"):
         layer: Any = model.get_submodule(path)
         if path not in read:
+            report.refused[path] = "no batch reaches it"
             continue
         before = layer.weight.detach().clone()
         clipped = clipped_weight(before, read[path], grid)
@@ -53,6 +57,8 @@ def clip_weights(model: nn.Module, batches: Iterable[Any], config: QuantConfig) 
         layer.weight.copy_(clipped if keep else before)
         if keep:
             report.applied.append(Applied(path, (), "clip", 0.0))
+        else:
+            report.refused[path] = "clipped, it would not bring the output nearer"
     total = difference(start, whole(model, data[0])[1]())
     report.applied = [Applied(a.producer, (), "clip", total) for a in report.applied]
     return report

@@ -15,6 +15,7 @@ from lightning_quant.transforms.grids import layer_grids
 from lightning_quant.transforms.observe import channels_last, means, watch_inputs
 from lightning_quant.transforms.outputs import add_to_output, applied_to, sums_over_inputs
 from lightning_quant.transforms.pairs import as_batches, find_pairs, is_consumer, whole
+from lightning_quant.transforms.precision import computed_in_float32
 from lightning_quant.transforms.rescale import Applied, TransformReport, difference
 
 
@@ -33,6 +34,7 @@ def relu_mean(beta: Tensor, gamma: Tensor) -> Tensor:
     return sigma * torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi) + beta * 0.5 * (1 + torch.erf(z / math.sqrt(2)))
 
 
+@computed_in_float32
 @torch.no_grad()
 def correct_bias(
     model: nn.Module, batches: Iterable[Any], config: QuantConfig, analytic: bool = False
@@ -56,7 +58,7 @@ def correct_bias(
     data, grids = as_batches(batches), layer_grids(model, config)
     layers = {p: model.get_submodule(p) for p in grids}
     layers = {p: layer for p, layer in layers.items() if is_consumer(layer)}
-    after = {layer: norm for norm, layer in layers_before_norms(model).items()}
+    after = {layer: norm for norm, layer in layers_before_norms(model, data[0]).items()}
     deltas = {p: grids[p].weight(layer.weight) - layer.weight for p, layer in layers.items()}  # type: ignore[arg-type, operator]
     report, start = TransformReport(), whole(model, data[0])[1]()
     if analytic:

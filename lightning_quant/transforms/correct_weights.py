@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_quant.spec import QuantConfig
 from lightning_quant.transforms.grids import LayerGrid, layer_grids
 from lightning_quant.transforms.pairs import as_batches, whole
+from lightning_quant.transforms.precision import computed_in_float32
 from lightning_quant.transforms.rescale import Applied, TransformReport, difference
 
 
@@ -29,6 +30,7 @@ def corrected(rounded: Tensor, weight: Tensor) -> Tensor:
     return torch.where(spread > 1e-12, xi, torch.ones_like(xi)) * (rounded + mu)
 
 
+@computed_in_float32
 @torch.no_grad()
 def correct_weights(model: nn.Module, batches: Iterable[Any], config: QuantConfig) -> TransformReport:
     """Shift and stretch each output channel so that its rounded weights have the float mean and norm, in place.

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_quant.bypass import evaluating
 from lightning_quant.errors import explain
-from lightning_quant.graph import flow, followers
-from lightning_quant.transforms.pairs import Pair, as_batches, find_pairs, is_consumer, whole
+from lightning_quant.transforms.pairs import Pair, as_batches, call, find_pairs, is_consumer, whole
+from lightning_quant.transforms.precision import computed_in_float32
 from lightning_quant.transforms.rescale import Applied, TransformReport, difference, rescale
 from lightning_quant.transforms.smoothquant import weight_absmax
 
@@ -30,6 +31,7 @@ def equalizing_factors(first: Tensor, second: Tensor) -> Tensor:
     return torch.where((first > SMALLEST) & (second > SMALLEST), factors, torch.ones_like(factors))
 
 
+@computed_in_float32
 @torch.no_grad()
 def equalize(model: nn.Module, batches: Iterable[Any], relu6: bool = False) -> TransformReport:
     """Balance the weights of neighbouring layers, in place, until ranges settle.
@@ -56,10 +58,12 @@ def equalize(model: nn.Module, batches: Iterable[Any], relu6: bool = False) -> T
         count = without_relu6(model)
         moved = difference(start, whole(model, batch)[1]()) if count else 0.0
         replaced = Applied(f"{count} ReLU6", (), "relu6 -> relu", moved)
-    before = layers_before_norms(model)
+    before = layers_before_norms(model, batch)
     pairs = find_pairs(model, batch)
     report = TransformReport(refused=dict(pairs.refused))
     open_pairs = [p for p in pairs.found if _range(model, p.producer, before) is not None]
+    alone = {p.producer for p in pairs.found} - {p.producer for p in open_pairs}
+    report.refused |= dict.fromkeys(sorted(alone), "a normalization without a layer right before it has no weights")
     for _ in range(ROUNDS):
         moved = 0.0
         for pair in list(open_pairs):
@@ -95,10 +99,39 @@ def without_relu6(model: nn.Module) -> int:
     return len(found)
 
 
-def layers_before_norms(model: nn.Module) -> dict[str, str]:
-    """Path of a batch normalization -> path of the layer right before it."""
-    found = followers(model, flow(model), is_consumer, lambda m: isinstance(m, nn.modules.batchnorm._BatchNorm))
-    return {norm: layer for layer, norm in found.items()}
+@torch.no_grad()
+def layers_before_norms(model: nn.Module, batch: Any) -> dict[str, str]:
+    """Path of a batch normalization -> path of the layer whose output it reads, unchanged, in a run of the model."""
+    made: dict[int, tuple[Tensor, int, str]] = {}  # by identity; the tensors are held, so that none is reused
+    found: dict[str, str | None] = {}
+
+    def note(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
+            made[id(y)] = y, y._version, path
+
+        return hook
+
+    def look(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            y, version, layer = made.get(id(args[0]), (None, -1, ""))
+            before = layer if y is not None and y._version == version else None
+            found[path] = before if found.setdefault(path, before) == before else None
+
+        return hook
+
+    handles = []
+    for path, module in model.named_modules():
+        if is_consumer(module):
+            handles.append(module.register_forward_hook(note(path)))
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            handles.append(module.register_forward_pre_hook(look(path)))
+    try:
+        with evaluating(model):
+            call(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {norm: layer for norm, layer in found.items() if layer is not None}
 
 
 def _range(model: nn.Module, path: str, before: dict[str, str]) -> Tensor | None:

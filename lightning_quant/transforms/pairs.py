@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lightning_quant.bypass import evaluating
 from lightning_quant.errors import explain
 from lightning_quant.progress import track
+from lightning_quant.transforms.precision import widened
 
 EXPONENTS = 12  # a channel's factor is 2^-12 ... 2^12: activations that saturate are not taken for linear ones
 
@@ -82,7 +83,8 @@ class Pairs:
 
     Attributes:
         found: The pairs, in the order their producers run.
-        refused: Producers whose channels reach layers but cannot be scaled there, and why.
+        refused: Producers whose channels reach layers but cannot be scaled there, and normalizations whose channels
+            reach none, and why.
     """
 
     found: list[Pair] = field(default_factory=list)
@@ -145,9 +147,8 @@ def call(model: nn.Module, batch: Any) -> Any:
 
 def whole(model: nn.Module, batch: Any) -> tuple[str, Call]:
     """What a batch is for, the model or a submodule, and its call."""
-    if isinstance(batch, Inputs):
-        return batch.path, Call(model.get_submodule(batch.path), batch.args, batch.kwargs)
-    return "", Call(model, *_arguments(batch))
+    path, arguments = (batch.path, (batch.args, batch.kwargs)) if isinstance(batch, Inputs) else ("", _arguments(batch))
+    return path, Call(model.get_submodule(path), *widened(model, arguments))
 
 
 def as_batches(given: Any) -> list[Any]:
@@ -199,8 +200,10 @@ def _probe(
     watched = {**layers, **norms}
     before, order, y = _inputs(part, watched, modules, {}, {})
     *_, same = _inputs(part, watched, modules, {}, {})
+    where = prefix or type(model).__name__
+    if any(t.isnan().any() for t in y):
+        raise ValueError(explain(where, "outputs that are numbers", "NaN", "Look at its weights and at the batch."))
     if not _equal(y, same):
-        where = prefix or type(model).__name__
         raise ValueError(explain(where, "the same output twice", "another", "Switch randomness off in evaluation."))
     for path in order:
         if not is_producer(modules[path]):
@@ -225,11 +228,17 @@ def _probe(
             alike = [n for n in reached if torch.equal(before[n], before[first])]  # they read the same tensor
             consumers |= {name: reached[name] for name in alike}
         if any(n != path and n in after and not torch.equal(before[n], after[n]) for n in norms if n in before):
-            continue  # its statistics follow the batches in training, and would take the factors away
+            # its statistics follow the batches in training, and would take the factors away
+            if not is_consumer(modules[path]):
+                result.refused[path] = "a batch normalization after it would take factors away in training"
+            continue
         if consumers and _equal(y, undone):
             result.found.append(Pair(path, consumers, channels, part))
         elif consumers:
             result.refused[path] = f"something beside {', '.join(consumers)} reads it"
+        elif not is_consumer(modules[path]):
+            among = "of its block" if prefix else "outside of repeated blocks" if skip else "of the model"
+            result.refused[path] = f"no layer {among} reads its channels as they are"
 
 
 def _inputs(

@@ -16,7 +16,7 @@ from lightning_quant import distributed
 from lightning_quant.bypass import evaluating
 from lightning_quant.transforms.pairs import Pair, channel_axis
 
-TOLERANCE = 1e-5  # of the output's largest value, in float32
+TOLERANCE = 1e-5  # of the output's largest value; what rounding in float32 may move
 PLACES = {"2d": 2, "3d": 3}  # dimensions that a normalization of that name wants behind the channels
 
 
@@ -39,10 +39,19 @@ class Applied:
 
 @dataclass
 class TransformReport:
-    """What was changed, and which sites were left alone and why."""
+    """What was changed, and which sites were left alone and why.
+
+    Attributes:
+        applied: The changes of transforms.
+        refused: Path of a site -> why it was left alone.
+        chosen: Reports of steps that ran with quantizers in place, each with a ``summary``.
+        waiting: Names of such steps that have not run yet.
+    """
 
     applied: list[Applied] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
+    chosen: list[Any] = field(default_factory=list)
+    waiting: list[str] = field(default_factory=list)
 
     @property
     def difference(self) -> float:
@@ -61,6 +70,8 @@ class TransformReport:
             key = tuple(".".join("*" if part.isdigit() else part for part in text.split(".")) for text in (path, why))
             merged[key] = merged.get(key, 0) + 1  # type: ignore[index, arg-type]
         lines += [f"  left alone: {count} x {path} ({why})" for (path, why), count in merged.items()]
+        lines += [report.summary() for report in self.chosen]
+        lines += [f"{name}: waits for training, evaluation, saving or an export" for name in self.waiting]
         return "\n".join(lines) or "nothing to do"
 
     def add(self, other: TransformReport) -> None:
@@ -99,7 +110,7 @@ def rescale(model: nn.Module, pair: Pair, factors: Tensor, what: str, report: Tr
             for path, layer in layers.items():
                 multiply_inputs(layer, factors[pair.consumers[path]])
         moved = difference(before, pair.part())
-        if moved <= tolerance(next(iter(tensors)).dtype):
+        if moved <= TOLERANCE:
             report.applied.append(Applied(pair.producer, tuple(layers), what, moved))
             return True
         with torch.no_grad():
@@ -171,11 +182,6 @@ def shared_weight(model: nn.Module, modules: Iterable[nn.Module]) -> str | None:
         for p in module.parameters(recurse=False):
             owners[id(p)] = owners.get(id(p), 0) + 1
     return next((paths[id(m)] for m in modules if owners.get(id(m.weight), 1) > 1), None)
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """How far rounding alone may move an output, relative to its largest value."""
-    return TOLERANCE * max(1.0, torch.finfo(dtype).eps / torch.finfo(torch.float32).eps)
 
 
 def difference(a: list[Tensor], b: list[Tensor]) -> float:

@@ -1,9 +1,14 @@
-"""``QuantConfig.setup``: the transforms of a run, one after the other, the same on every rank."""
+"""``QuantConfig.setup``: what is done before a run, one step after the other, the same on every rank.
+
+Transforms work on the float model.  Steps that need quantizers come after ``attach``: a choice of all ranges together,
+and at the end one rounding, whose integers and scales are those of the first training step.
+"""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,43 +18,110 @@ from torch.utils._pytree import tree_map_only
 
 from lightning_quant import distributed, zero
 from lightning_quant.adapters import acting_beside, lora_layers
-from lightning_quant.attach import is_attached
+from lightning_quant.attach import is_attached, quantizers
 from lightning_quant.errors import AttachError, explain, unknown
+from lightning_quant.estimators import build_estimator
 from lightning_quant.layers import is_compact
+from lightning_quant.presets import PRESETS
+from lightning_quant.rounding import ROUNDINGS, TUNINGS, round_model
+from lightning_quant.rounding.held import check_method
+from lightning_quant.rounding.methods import build_rounding
 from lightning_quant.spec import QuantConfig
 from lightning_quant.transforms import TRANSFORMS
 from lightning_quant.transforms.equalize import without_relu6
-from lightning_quant.transforms.pairs import as_batches
+from lightning_quant.transforms.pairs import Inputs, as_batches
 from lightning_quant.transforms.rescale import TransformReport
 
 OWN = ("model", "batches", "config")
+WHERE = "QuantConfig.setup"
+# In the order they run.
+KINDS: tuple[tuple[str, Mapping[str, Any]], ...] = (
+    ("transform", TRANSFORMS),
+    ("choice of ranges", TUNINGS),
+    ("rounding", ROUNDINGS),
+)
 
 
 def check_setup(config: QuantConfig) -> None:
-    """Complain about a transform or an option that does not exist, before any work.
+    """Complain about a step or an option that does not exist or does not fit, before any work.
 
     Raises:
-        ValueError: There is one.
+        ValueError: An unknown name or option, steps in another order than ``KINDS``, more than one rounding, or a
+            rounding that the rest of the config has no place for.
     """
+    latest, last = 0, ""
     for name, options in _steps(config):
-        if name not in TRANSFORMS:
-            raise ValueError(unknown("transform", name, TRANSFORMS, "QuantConfig.setup"))
-        known = [n for n in inspect.signature(TRANSFORMS[name]).parameters if n not in OWN]
+        place = next((i for i, (_, known) in enumerate(KINDS) if name in known), None)
+        if place is None:
+            raise ValueError(_unknown(name))
+        kind, known = KINDS[place]
+        where = f"{WHERE}: {name}"
+        if place < latest or (place == latest and kind == "rounding"):
+            expected = f"a {kind} before any {KINDS[latest][0]}" if place < latest else "one rounding at most"
+            cure = "The order is transforms, lapq, one rounding."
+            raise ValueError(explain(where, expected, f"it after {last}", cure))
+        latest, last = place, name
+        if kind == "rounding":
+            build_rounding(name, options)
+            _check_rounding(config, where)
+            continue
+        if kind != "transform":
+            _refuse_delay(config, where)
+        own = [n for n in inspect.signature(known[name]).parameters if n not in OWN]
         for option in options:
-            if option not in known:
-                where = f"QuantConfig.setup: {name}"
-                raise ValueError(unknown("option", option, known or ["(none)"], where))
+            if option not in own:
+                raise ValueError(unknown("option", option, own or ["(none)"], where))
+
+
+def _unknown(name: str) -> str:
+    """Message for a name that is no step: all there are, by their kind."""
+    kinds = {each: kind for kind, known in KINDS for each in known}
+    nearest = unknown("step", name, [*kinds, *PRESETS], WHERE).rpartition("Did you mean step ")[2]
+    near = nearest.strip("'?")
+    found = "; ".join(f"{', '.join(sorted(known))} ({kind.removesuffix('s')}s)" for kind, known in KINDS)
+    cure = f"Did you mean {kinds.get(near, 'preset')} {near!r}?" if near in {*kinds, *PRESETS} else "Use one of those."
+    return explain(WHERE, f"one of {found}; {', '.join(PRESETS)} (presets)", repr(name), cure)
+
+
+def _check_rounding(config: QuantConfig, where: str) -> None:
+    """Refuse what would not leave training the codes that were chosen."""
+    _refuse_delay(config, where)
+    if config.weight is None:
+        raise ValueError(explain(where, "weights to round", "weight=None", "Leave it out, or set a scheme."))
+    if config.batch_norm != "keep":
+        got = f"batch_norm={config.batch_norm!r}, which rounds another weight at every step"
+        raise ValueError(explain(where, "a weight that is rounded as it is", got, "Leave one of them out."))
+    check_method(build_estimator(config.method, dict(config.options)).role(True), where)
+
+
+def _refuse_delay(config: QuantConfig, where: str) -> None:
+    if config.delay:
+        got, cure = f"delay={config.delay:g}", "Leave one of them out; setup='light' has transforms only."
+        raise ValueError(explain(where, "training that is quantized from its first step", got, cure))
+
+
+def sets_ranges(config: QuantConfig) -> bool:
+    """Whether set-up chooses the ranges of activations, so that training shall not calibrate them."""
+    return any(name in TUNINGS for name, _ in _steps(config))
+
+
+def rounds(config: QuantConfig) -> bool:
+    """Whether set-up leaves weights on their grids."""
+    return any(name in ROUNDINGS for name, _ in _steps(config))
 
 
 def set_up(model: nn.Module, config: QuantConfig, batches: Iterable[Any]) -> TransformReport:
-    """Run ``config.setup`` on a float model, in place.
+    """Run the transforms of ``config.setup`` on a float model, in place.
 
-    Under a process group the first rank's batches serve all ranks, and all end with the first rank's weights.
+    Under a process group all ranks end with the first one's weights.
 
     Args:
         model: With its weights, before ``attach``, adapters and sharding.
         config: What to run, and the grids that some transforms look ahead to.
-        batches: Data; ``config.setup_batches`` of them are used.
+        batches: Data, the same on every rank: see ``of_first_rank``.
+
+    Returns:
+        What was done, and which steps wait for ``set_up_attached``.
 
     Raises:
         AttachError: Adapters, packed or sharded weights, or quantizers in place.
@@ -57,15 +129,46 @@ def set_up(model: nn.Module, config: QuantConfig, batches: Iterable[Any]) -> Tra
     """
     check_setup(config)
     refuse_unfit(model)
-    data = _of_first_rank(model, batches, config.setup_batches)
-    report = TransformReport()
+    data, report = _beside(model, batches), TransformReport()
     for name, options in _steps(config):
-        transform = TRANSFORMS[name]
-        grids = {"config": config} if "config" in inspect.signature(transform).parameters else {}
-        report.add(transform(model, data, **grids, **options))
+        if name in TRANSFORMS:
+            transform = TRANSFORMS[name]
+            grids = {"config": config} if "config" in inspect.signature(transform).parameters else {}
+            report.add(transform(model, data, **grids, **options))
+        else:
+            report.waiting.append(name)
+    _agree(model)
+    return report
+
+
+def set_up_attached(model: nn.Module, config: QuantConfig, batches: Iterable[Any], report: TransformReport) -> None:
+    """Run the other steps of ``config.setup`` on a model with quantizers, in place.
+
+    Args:
+        model: After ``set_up`` and ``attach``, before sharding.
+        config: What to run.
+        batches: As for ``set_up``.
+        report: Takes what was done.
+
+    Raises:
+        ValueError: No data, or a layer that cannot be rounded so.
+    """
+    data = _beside(model, batches)
+    for name, options in _steps(config):
+        if name in TUNINGS:
+            report.chosen.append(TUNINGS[name](model, data, **options))
+        elif name in ROUNDINGS:
+            report.chosen.append(round_model(model, None, data, name, config.seed, **options))
+    report.waiting.clear()
+    _agree(model)
+    for _, q in quantizers(model):
+        q.called = False  # training's own forwards are what coverage asks for
+
+
+def _agree(model: nn.Module) -> None:
+    """Every rank takes the first one's weights and ranges."""
     for tensor in [*model.parameters(), *model.buffers()]:
         distributed.broadcast(tensor.data)
-    return report
 
 
 def restructure(model: nn.Module, config: QuantConfig) -> None:
@@ -115,8 +218,12 @@ def _steps(config: QuantConfig) -> list[tuple[str, dict[str, Any]]]:
     return found
 
 
-def _of_first_rank(model: nn.Module, batches: Iterable[Any], count: int) -> list[Any]:
-    """The first batches, on the model's device; the first rank's on all."""
+def of_first_rank(model: nn.Module, batches: Iterable[Any], count: int) -> list[Any]:
+    """The first batches, on the model's device; under a process group the first rank's, on all.
+
+    Raises:
+        ValueError: There is none.
+    """
     taken: list[Any] = []
     if distributed.rank() == 0:
         for batch in batches if not isinstance(batches, (Mapping, torch.Tensor)) else [batches]:
@@ -124,12 +231,31 @@ def _of_first_rank(model: nn.Module, batches: Iterable[Any], count: int) -> list
             if len(taken) == count:
                 break
     if distributed.active():
-        taken = tree_map_only(torch.Tensor, lambda t: t.cpu(), taken)
-        held = [taken]
+        held = [[_moved(batch, torch.device("cpu")) for batch in taken]]
         dist.broadcast_object_list(held, src=0)
         taken = held[0]
+    return _beside(model, taken)
+
+
+def _beside(model: nn.Module, batches: Iterable[Any]) -> list[Any]:
+    """Batches where the model is, which may have moved since they were taken."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    return as_batches(tree_map_only(torch.Tensor, lambda t: t.to(device), taken))
+    return [_moved(batch, device) for batch in as_batches(batches)]
 
 
-__all__ = ["check_setup", "refuse_unfit", "restructure", "set_up"]
+def _moved(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Inputs):
+        return replace(batch, args=_moved(batch.args, device), kwargs=_moved(batch.kwargs, device))
+    return tree_map_only(torch.Tensor, lambda t: t.to(device), batch)
+
+
+__all__ = [
+    "check_setup",
+    "of_first_rank",
+    "refuse_unfit",
+    "restructure",
+    "rounds",
+    "set_up",
+    "set_up_attached",
+    "sets_ranges",
+]

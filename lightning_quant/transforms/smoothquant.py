@@ -13,6 +13,7 @@ from lightning_quant.spec import QuantConfig
 from lightning_quant.transforms.grids import layer_grids
 from lightning_quant.transforms.observe import input_absmax
 from lightning_quant.transforms.pairs import as_batches, find_pairs
+from lightning_quant.transforms.precision import computed_in_float32
 from lightning_quant.transforms.rescale import TransformReport, rescale
 from lightning_quant.transforms.trial import errors
 
@@ -31,6 +32,7 @@ def smooth_factors(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
     return inputs.clamp(min=SMALLEST) ** alpha / weights.clamp(min=SMALLEST) ** (1 - alpha)
 
 
+@computed_in_float32
 @torch.no_grad()
 def smoothquant(
     model: nn.Module, batches: Iterable[Any], alpha: float | str | None = None, config: QuantConfig | None = None
@@ -75,6 +77,7 @@ def smoothquant(
             found = errors(model, pair, trials, grids, inputs=True)
             factors = trials[min(range(len(trials)), key=found.__getitem__)]
             if factors is trials[0]:
+                report.refused[pair.producer] = "no alpha lowers the error of its block"
                 continue
         else:
             factors = smooth_factors(x, w, alpha)

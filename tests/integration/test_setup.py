@@ -60,6 +60,16 @@ def test_yaml_and_back(tmp_path):
         ("smoothqant", "expected one of .* got 'smoothqant'. Did you mean transform 'smoothquant'"),
         ([{"name": "awq", "point": 3}], r"QuantConfig.setup: awq: expected one of clip, points, got 'point'"),
         ([{"name": "reestimate_bn", "x": 1}], r"one of \(none\)"),
+        ("gtpq", r"expected one of absorb_bias, awq, .* \(transforms\); lapq \(choice of ranges\); adaquant, .* gptq"),
+        ("gtpq", r"data_free, light, advanced \(presets\), got 'gtpq'. Did you mean rounding 'gptq'?"),
+        ("ligth", "Did you mean preset 'light'?"),
+        ([{"name": "gptq", "dampen": 1}], "rounding 'gptq': expected one of .* Did you mean option 'damping'?"),
+        ([{"name": "gptq", "damping": 0}], "gptq: expected damping > 0"),
+        ([{"name": "lapq", "rounds": 1}], "QuantConfig.setup: lapq: expected one of evaluations, iterations, metric"),
+        (["gptq", "awq"], "QuantConfig.setup: awq: expected a transform before any rounding, got it after gptq"),
+        (["lapq", "awq"], "awq: expected a transform before any choice of ranges, got it after lapq"),
+        (["gptq", "lapq"], "lapq: expected a choice of ranges before any rounding, got it after gptq"),
+        (["gptq", "adaround"], "adaround: expected one rounding at most, got it after gptq"),
     ],
 )
 def test_unknown_names_are_refused_before_any_work(setup, match):
@@ -382,9 +392,10 @@ def test_a_step_that_fails_says_so():
 # ---- many ranks
 
 
+@pytest.mark.parametrize("rounding", [(), ("--rounding",)], ids=["transforms", "rounding"])
 @pytest.mark.parametrize("front", [(), ("--trainer",)], ids=["lightning", "trainer"])
-def test_every_rank_ends_with_the_same_weights(tmp_path, front):
-    run("setup_run.py", "--out", tmp_path, *front, processes=2)
+def test_every_rank_ends_with_the_same_weights(tmp_path, front, rounding):
+    run("setup_run.py", "--out", tmp_path, *front, *rounding, processes=2)
     ranks = [result(tmp_path, r) for r in (0, 1)]
     assert differing(ranks[0], ranks[1]) == []
     torch.manual_seed(0)

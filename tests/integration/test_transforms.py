@@ -27,6 +27,8 @@ from lightning_quant.transforms.equalize import without_relu6
 from lightning_quant.transforms.pairs import Pair, find_pairs
 from lightning_quant.transforms.rescale import TransformReport, rescale
 from tests.convnets import MobileNetV2, ResNet20, digits, train
+from tests.integration.text import CALIBRATION, HELD_OUT, loss_of, quantized_loss, trained
+from tests.integration.text import plant as plant_text
 from tests.integration.tiny import causal_lm, token_batch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "benchmarks"))
@@ -94,7 +96,9 @@ def test_the_float_function_stays_with_outliers_planted(family, smoothed, equali
     report = smoothquant(model, batches)
     assert [m.training for m in model.modules()] == training
     assert len(report.applied) == smoothed
-    assert report.refused == refused
+    unread = {p: why for p, why in report.refused.items() if "reads its channels as they are" in why}
+    assert report.refused == refused | unread
+    assert all("norm" in path.lower() for path in unread)
     for site in report.applied:  # outliers went over: the weights that read them grew
         for path in site.consumers:
             assert not torch.equal(before[f"{path}.weight"], model.get_submodule(path).weight)
@@ -123,7 +127,8 @@ def test_convolution_networks_keep_their_function(kind):
     for transform, sites in ((smoothquant, 9 if kind is ResNet20 else 7), (equalize, 9 if kind is ResNet20 else 7)):
         report = transform(net, [x])
         assert len(report.applied) == sites
-        assert all("something beside" in why for why in report.refused.values())
+        reasons = ("something beside", "reads its channels as they are", "a batch normalization after it")
+        assert all(any(r in why for r in reasons) for why in report.refused.values())
         assert report.difference < SAME
         assert moved(net, x, start) < SAME
 
@@ -197,53 +202,31 @@ def test_a_model_that_answers_at_random_is_refused():
 
 @pytest.fixture(scope="module")
 def language_model():
-    """A small trained Llama; what its normalizations make has three channels 512 times too large, undone in readers."""
+    """A Llama that learned some English; three channels of what its layers read are 512 times too large."""
     torch.set_num_threads(1)
-    model = causal_lm("llama")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    model.train()
-    for step in range(150):
-        batch = token_batch(16, seed=step)
-        loss = model(**batch, labels=batch["input_ids"]).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    with torch.no_grad():
-        for layer in model.model.layers:
-            attention, mlp = layer.self_attn, layer.mlp
-            readers = {
-                layer.input_layernorm: (attention.q_proj, attention.k_proj, attention.v_proj),
-                layer.post_attention_layernorm: (mlp.gate_proj, mlp.up_proj),
-            }
-            for norm, linears in readers.items():
-                norm.weight[[3, 17, 40]] *= 512
-                for linear in linears:
-                    linear.weight[:, [3, 17, 40]] /= 512
-    return model.eval()
-
-
-CALIBRATION = [token_batch(16, seed=i) for i in range(4)]
-HELD_OUT = [token_batch(16, seed=10_000 + i) for i in range(4)]
-
-
-@torch.no_grad()
-def loss_of(model: nn.Module) -> float:
-    return sum(float(model(**b, labels=b["input_ids"]).loss) for b in HELD_OUT) / len(HELD_OUT)
+    return plant_text(trained("llama"), 512.0)
 
 
 def quantized(model: nn.Module, scheme: str) -> float:
-    model = copy.deepcopy(model)
-    attach(model, QuantConfig.parse("ste", scheme))
-    if "static" in scheme:
-        calibrate(model, CALIBRATION)
-    return loss_of(model)
+    return quantized_loss(model, QuantConfig.parse("ste", scheme))
 
 
-@pytest.mark.parametrize("alpha", [0.5, 0.85, "search"])
-@pytest.mark.parametrize("scheme", ["w8a8-tensor-static", "w8a8-static"])
-def test_smoothquant_saves_w8a8_from_outliers(language_model, scheme, alpha):
+@pytest.fixture(scope="module")
+def language_model_with_biases():
+    """An OPT of the same kind: its normalizations have biases."""
+    torch.set_num_threads(1)
+    return plant_text(trained("opt"), 512.0)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "alpha"), [*(("w8a8-tensor-static", a) for a in (0.5, None, "search")), ("w8a8-static", 0.5)]
+)
+@pytest.mark.parametrize("which", ["language_model", "language_model_with_biases"])
+def test_smoothquant_saves_w8a8_from_outliers(request, which, scheme, alpha):
+    """Per tensor, inputs with outliers leave next to nothing of the model; smoothed, less than 1 % is lost."""
+    language_model = request.getfixturevalue(which)
     real = loss_of(language_model)
-    assert real < 3
+    assert real < 2.5  # of ln 96 = 4.6 for a model that knows nothing
     assert quantized(language_model, scheme) > 1.5 * real
     model = copy.deepcopy(language_model)
     smoothquant(model, CALIBRATION, alpha, QuantConfig.parse("ste", scheme))
@@ -261,13 +244,13 @@ def test_rotation_saves_w8a8_from_outliers(language_model):
 
 
 def test_awq_and_its_clipping_beat_plain_rounding(language_model):
-    for scheme in ("w3a16-g32", "w2a16-g32"):
+    for scheme, share in (("w3a16-g32", 0.2), ("w2a16-g32", 0.0)):
         config, plain = QuantConfig.parse("ste", scheme), quantized(language_model, scheme)
         model = copy.deepcopy(language_model)
         report = awq(model, CALIBRATION, config)
         assert len(report.applied) >= 4
         assert abs(loss_of(model) - loss_of(language_model)) < 1e-4
-        assert quantized(model, scheme) < plain - 0.2 * (plain - loss_of(language_model))
+        assert quantized(model, scheme) < plain - share * (plain - loss_of(language_model))
         clipped = clip_weights(model, CALIBRATION, config)
         assert clipped.applied
         assert clipped.difference > 0
@@ -349,23 +332,26 @@ def depthwise():
 def rounded(net: nn.Module, scheme: str, **options: object) -> nn.Module:
     net = copy.deepcopy(net)
     attach(net, QuantConfig.parse("ste", scheme, **options))
+    if "static" in scheme:
+        calibrate(net, IMAGES)
     return net.eval()
 
 
 IMAGES = [(part,) for part in digits()[0][:256].split(64)]
 
 
+@pytest.mark.parametrize("scheme", ["w8a16-tensor", "w8a8-tensor-static"])
 @pytest.mark.parametrize("batch_norm", ["keep", "frozen"])
-def test_equalization_saves_a_depthwise_network_at_per_tensor_int8(depthwise, batch_norm):
+def test_equalization_saves_a_depthwise_network_at_per_tensor_int8(depthwise, batch_norm, scheme):
     real, saved = [digits_loss(net) for net in depthwise], []
     assert max(real) < 0.3
     for net in depthwise:
-        assert digits_loss(rounded(net, "w8a16-tensor", batch_norm=batch_norm)) > 2
+        assert digits_loss(rounded(net, scheme, batch_norm=batch_norm)) > 2
         even = copy.deepcopy(net)
         report = equalize(even, IMAGES, relu6=True)
         assert report.difference < SAME
         assert abs(digits_loss(even) - digits_loss(net)) < 1e-4
-        saved.append(digits_loss(rounded(even, "w8a16-tensor", batch_norm=batch_norm)))
+        saved.append(digits_loss(rounded(even, scheme, batch_norm=batch_norm)))
     assert sum(saved) < 1.01 * sum(real)
 
 

@@ -22,9 +22,9 @@ from lightning_quant.export import ExportReport, export
 from lightning_quant.export.atomic import Journal, fingerprint, flush
 from lightning_quant.export.card import versions
 from lightning_quant.export.streamed import INDEX, WHOLE, on_meta
+from lightning_quant.ptq.disk import STATE, DiskKeeper, real_buffers
 from lightning_quant.rounding.blockwise import check_layers, round_units, units
 from lightning_quant.rounding.data import read_text, rows
-from lightning_quant.rounding.disk import STATE, DiskKeeper, real_buffers
 from lightning_quant.rounding.methods import build_rounding
 from lightning_quant.rounding.report import RoundingReport
 from lightning_quant.spec import QuantConfig

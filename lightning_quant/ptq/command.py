@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Round, export, and print what was done."""
-    from lightning_quant.rounding.directory import ptq
+    from lightning_quant.ptq.directory import ptq
 
     names = ("data", "samples", "length", "seed", "rounded", "resume", "format", "target", "max_shard_bytes")
     keywords = {name: getattr(arguments, name) for name in names}

@@ -1,0 +1,1 @@
+"""``lightning-quant ptq``: a model's directory in, its low-bit export out, without training."""

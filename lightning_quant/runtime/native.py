@@ -1,0 +1,88 @@
+"""Kernels compiled for this processor, once: where PyTorch's own are slower than reading the weights.
+
+With AVX-512: ``int8_rows``, few rows by int8 codes, at the speed of memory.  With AMX besides: ``int4_tiles`` and
+``int8_tiles``, any number of rows; weights are unpacked to bfloat16 a block at a time within the caches and multiplied
+in tiles, so that they are read once and no dense copy is ever in memory.
+
+All sum in float32 and round the output once.  int4 weights have the value bf16(code * scale); int8 codes are exact in
+bfloat16, and the sum takes the scale.
+
+Compiling takes some seconds, wants ninja and a C++ compiler, and its result is kept in PyTorch's folder of extensions.
+Without it, or on other processors, PyTorch's kernels and dense pieces do the work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+FLAGS = ("-O3", "-march=native", "-fopenmp")
+OPERATORS = ("int8_rows", "int4_tiles", "int8_tiles")
+Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+log = logging.getLogger(__name__)
+
+
+@cache
+def find(name: str) -> Kernel | None:
+    """One of ``OPERATORS``, or None where it does not exist.
+
+    Each takes rows (rows, in), bfloat16, contiguous; ``in`` is a multiple of 32.
+
+    - ``int8_rows`` and ``int8_tiles``: codes (out, in), int8, contiguous, and scales (out,), bfloat16.
+    - ``int4_tiles``: what ``aten::_weight_int4pack_mm_for_cpu`` takes, where it interleaves 64 rows of weight.
+
+    They answer (rows, out), bfloat16.
+    """
+    kernel: Kernel | None = getattr(torch.ops.lightning_quant, name, None) if _loaded() else None
+    return kernel
+
+
+@cache
+def _loaded() -> bool:
+    """Load the kernels, compiling them if that was not done before; tells once why there are none."""
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    if sys.platform != "linux" or not capabilities.get("avx512_f"):
+        return False
+    try:
+        torch.ops.load_library(_library(capabilities))  # type: ignore[no-untyped-call]
+    except Exception as error:  # whatever a missing or broken compiler raises: results are the same, only later
+        cure = "pip install 'lightning-quant[runtime]' and have a C++ compiler on PATH"
+        log.warning("no compiled kernels, int4 and int8 layers are slower (%s): %s", cure, error)
+        return False
+    for name in OPERATORS:
+        if hasattr(torch.ops.lightning_quant, name):
+            torch.library.register_fake(f"lightning_quant::{name}", _shape)
+    return True
+
+
+def _shape(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _library(capabilities: dict[str, object]) -> Path:
+    """The compiled file; its name tells source, PyTorch and processor, since a cluster's machines share the folder."""
+    from torch.utils.cpp_extension import get_default_build_root, load
+
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
+    made_from = (SOURCE.read_text(encoding="utf-8"), FLAGS, torch.__version__, sorted(capabilities.items()))
+    digest = hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]
+    library = Path(root) / "lightning_quant" / f"kernels_{digest}.so"
+    if library.is_file():
+        return library
+    library.parent.mkdir(parents=True, exist_ok=True)
+    log.info("compiling kernels for this processor, once, to %s", library)
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:  # a killed build leaves no lock behind
+        load("kernels", [str(SOURCE)], extra_cflags=list(FLAGS), build_directory=folder, is_python_module=False)
+        (Path(folder) / "kernels.so").replace(library)  # the file that is loaded already, under another name
+    return library
