@@ -45,11 +45,9 @@ ROUNDINGS: dict[str, type[Rounding]] = {
 # its options.
 TUNINGS: dict[str, Callable[..., LapqReport]] = {"lapq": lapq}
 
-STEPS = "steps"  # another word for iterations, the one that training has
-
 
 def build_rounding(name: str, options: Mapping[str, Any]) -> Rounding:
-    """A rounding by name, with settings; ``steps`` is another word for ``iterations``.
+    """A rounding by name, with settings.
 
     Raises:
         ValueError: Unknown name or setting.
@@ -57,8 +55,6 @@ def build_rounding(name: str, options: Mapping[str, Any]) -> Rounding:
     if name not in ROUNDINGS:
         raise ValueError(unknown("rounding", name, ROUNDINGS, "rounding"))
     known = list(inspect.signature(ROUNDINGS[name]).parameters)
-    if "iterations" in known and STEPS in options and "iterations" not in options:
-        options = {"iterations" if option == STEPS else option: value for option, value in options.items()}
     for option in options:
         if option not in known:
             raise ValueError(unknown("option", option, known or ["(none)"], f"rounding {name!r}"))

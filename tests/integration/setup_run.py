@@ -41,7 +41,7 @@ def main() -> None:
     own.out.mkdir(parents=True, exist_ok=True)
     setup = ["smoothquant", {"name": "awq", "points": 4}]
     if own.rounding:
-        setup += [{"name": "lapq", "evaluations": 8}, {"name": "adaround", "steps": 10}]
+        setup += [{"name": "lapq", "evaluations": 8}, {"name": "adaround", "iterations": 10}]
     if own.trainer:
         from transformers import TrainerCallback, TrainingArguments, default_data_collator
 

@@ -94,7 +94,7 @@ def by_hand(method: str, scheme: str, rounding: str, of_weights: bool = False, *
         ("ste", "w4a8-g16", "gptq"),
         ("lsq", "w3a8-g16-static", "gptq"),
         ("pege", "w8a8", "gptq"),
-        ("ewgs", "w4a16-g16", {"name": "adaround", "steps": 20}),
+        ("ewgs", "w4a16-g16", {"name": "adaround", "iterations": 20}),
         ("dsq", "nf4-g16", "rtn"),
     ],
 )
@@ -224,7 +224,9 @@ def test_whatever_comes_first_has_the_rounding_s_codes(tmp_path, first):
 def test_flags_of_a_script_and_a_recipe(tmp_path):
     args = TrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True, disable_tqdm=True)
     data = {"train_dataset": Dataset.from_list(token_rows(16)), "data_collator": default_data_collator}
-    flags = QuantArguments(quant="ste", quant_scheme="w4a8-g32", quant_setup=["smoothquant,{name: adaround, steps: 5}"])
+    flags = QuantArguments(
+        quant="ste", quant_scheme="w4a8-g32", quant_setup=["smoothquant,{name: adaround, iterations: 5}"]
+    )
     flags.to_config().to_yaml(tmp_path / "recipe.yaml")
     for given in (flags, QuantArguments(quant_config=str(tmp_path / "recipe.yaml"))):
         with quantized_trainers(given):
@@ -237,7 +239,7 @@ def test_flags_of_a_script_and_a_recipe(tmp_path):
 
 def test_blocks_are_weighed_by_the_gradients_of_the_model_s_own_loss(tmp_path):
     """The batches that ``compute_loss`` hands over hold labels."""
-    made = hf(tmp_path, [{"name": "brecq", "steps": 5}])
+    made = hf(tmp_path, [{"name": "brecq", "iterations": 5}])
     assert all("labels" in inputs.kwargs for inputs in made._setup_inputs())
     made.train()
     assert list(made.quant_report.setup.chosen[0].errors) == ["model.layers.0", "model.layers.1"]
