@@ -230,9 +230,13 @@ Tensor int8_tiles(const Tensor& x, const Tensor& codes, const Tensor& scale) {
   at::parallel_for(0, (out + PANEL - 1) / PANEL, 1, [&](int64_t first, int64_t last) {
     Registers registers;
     std::vector<Half> block(size_t(PANEL * width));
-    alignas(64) float sums[PANEL * PANEL];
+    alignas(64) float sums[PANEL * PANEL], factors[PANEL] = {};
+    alignas(64) int32_t places[LANES];
+    for (int64_t i = 0; i < LANES; i++) places[i] = int32_t(PANEL * i);
+    const __m512i rows_apart = _mm512_load_si512(places);
     for (int64_t n = first * PANEL; n < std::min(last * PANEL, out); n += PANEL) {
       const int64_t count = std::min(PANEL, out - n);
+      for (int64_t i = 0; i < count; i++) factors[i] = widened(scales[n + i]);
       for (int64_t i = 0; i < count * width; i += 2 * LANES) {
         const int8_t* some = weight + n * width + i;
         const __m512bh both = _mm512_cvtne2ps_pbh(reals(some + LANES), reals(some));
@@ -242,8 +246,11 @@ Tensor int8_tiles(const Tensor& x, const Tensor& codes, const Tensor& scale) {
         auto* product = padded - m >= PANEL ? multiply<2, 2> : multiply<2, 1>;
         product(block.data(), width, b + 2 * m, 2 * padded, sums, width);
         for (int64_t r = 0; r < std::min(PANEL, rows - m); r++)
-          for (int64_t i = 0; i < count; i++)
-            to[(m + r) * out + n + i] = rounded(sums[PANEL * i + r] * widened(scales[n + i]));
+          for (int64_t i = 0; i < count; i += LANES) {
+            const __m512 column = _mm512_i32gather_ps(rows_apart, sums + PANEL * i + r, sizeof(float));
+            const __m256bh half = _mm512_cvtneps_pbh(_mm512_mul_ps(column, _mm512_load_ps(factors + i)));
+            std::memcpy(to + (m + r) * out + n + i, &half, size_t(std::min(LANES, count - i)) * sizeof(Half));
+          }
       }
     }
   });
