@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-runtimes lint bench-overhead bench-logging bench-distill bench-qlora bench-runtime bench-roofline bench-export bench-ptq report-browser clean
+.PHONY: setup demo test test-runtimes lint bench-overhead bench-logging bench-distill bench-qlora bench-runtime bench-roofline bench-export bench-ptq bench-ptq-1b report-browser clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -79,6 +79,10 @@ bench-export: $(READY)
 
 bench-ptq: $(READY)
 	$(BIN)/python examples/benchmarks/ptq.py
+
+# 10 GB of disk and a quarter of an hour
+bench-ptq-1b: $(READY)
+	$(BIN)/python examples/benchmarks/ptq_1b.py
 
 # Opens the demo's report in headless Chromium (Debian: apt-get install chromium): console, plots, pictures of it
 report-browser: $(READY)

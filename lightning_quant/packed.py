@@ -94,7 +94,8 @@ class _Recomputed(torch.autograd.Function):
         ctx.states = _generator_states(x) if draws else []
         ctx.save_for_backward(x)
         y: Tensor = layer.product(x, *layer.quant_terms())
-        return y
+        out: Tensor = torch.ops.aten._unsafe_view(y, y.shape)  # no view: what comes next may change it in place
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]

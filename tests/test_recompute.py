@@ -45,6 +45,21 @@ def test_a_backward_through_the_backward(method):
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_output_may_be_changed_in_place(bias):
+    """As ``hidden += residual`` does, for which the output must be no view of another tensor."""
+    grads = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 32, bias=bias))
+        attach(model, QuantConfig.parse("ste", "w4a16-g32", recompute=recompute, head=True))
+        y = model(torch.randn(2, 3, 64))
+        y += 1
+        y.square().sum().backward()
+        grads.append(model[0].weight.grad)
+    assert torch.equal(*grads)
+
+
 def test_no_rounded_weight_is_kept():
     """All that backward keeps of a layer beside its input is its own parameters."""
     for recompute in (True, False):

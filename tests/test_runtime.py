@@ -15,7 +15,7 @@ from lightning_quant.runtime.choose import Kind, RoundedLinear, build, choose
 from lightning_quant.runtime.stored import InputRule, StoredLinear
 
 CPU = torch.device("cpu")
-ROWS = (1, 4, 7, 40, 200)  # few rows, and many
+ROWS = (1, 2, 4, 6, 7, 40, 200)  # few rows, and many
 # of (out, in, groups, bits): padded rows, several pieces, groups cut or shared, codes narrower than their storage
 FOUR = [(192, 256, 8, 4), (100, 256, 1, 4), (64, 512, 1, 2), (1100, 1024, 8, 3), (16, 96, 3, 4)]
 EIGHT = [(100, 96, 8), (37, 100, 8), (600, 2048, 6)]  # 100 columns: the kernel would read beyond them
@@ -143,7 +143,7 @@ native_only = pytest.mark.skipif(native.find("int4_tiles") is None, reason="need
 
 @native_only
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("rows", [1, 15, 16, 17, 32, 33, 100])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 15, 16, 17, 32, 33, 100])
 def test_tiles_are_the_dense_product(rows, threads):
     """Sums of float32, whose order alone may differ, rounded once: beside float64 within half a bfloat16 step."""
     torch.set_num_threads(threads)
@@ -169,6 +169,33 @@ def test_tiles_leave_other_kernels_their_registers():
     for _ in range(3):
         assert torch.equal(nn.functional.linear(x, w), before)
         assert torch.equal(layer(x), first)
+
+
+@pytest.mark.parametrize("name", native.OPERATORS)
+def test_a_kernel_that_computes_wrongly_is_not_used(name, monkeypatch, caplog):
+    if name == "int4_tiles" and linear4.half_block() != 32:
+        pytest.skip("packed in another order on this processor")
+
+    def one_code_off(x, weight, scale):
+        y = x.new_zeros(len(x), len(weight))
+        if name == "int4_tiles":
+            codes = linear4._codes(weight, 32)
+        else:
+            codes = weight.clone()
+            scale = scale.reshape(1, -1, 1).expand(3, -1, 2)
+        codes[-1, 41] += wrong
+        return y + (x.float() @ codes.float().t() * scale[0, :, 0].float()).bfloat16()
+
+    monkeypatch.setattr(native, "_loaded", lambda: True)
+    monkeypatch.setattr(native.torch.ops.lightning_quant, name, one_code_off, raising=False)
+    found = []
+    for wrong in (0, 1):
+        native.find.cache_clear()
+        found.append(native.find(name))
+    native.find.cache_clear()
+    assert found[0] is one_code_off
+    assert found[1] is None
+    assert f"{name} computes wrongly" in caplog.text
 
 
 def test_without_a_compiler_there_is_a_warning_and_no_kernel(monkeypatch, tmp_path, caplog):

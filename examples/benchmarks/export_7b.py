@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,41 +50,49 @@ def say(line: str) -> None:
 @torch.no_grad()
 def make(directory: Path, sizes: dict[str, int], scheme: str, shard_bytes: int) -> dict[str, int]:
     """Write a training directory; no more than one tensor is in memory.  Bytes and parameters, in all and largest."""
+    model = on_meta(sizes)
+    quant = QuantConfig.parse("ste", scheme)
+    attach(model, quant, fit=False)
+    scales = {path.removesuffix("_quant"): q for path, q in quantizers(model) if q.is_weight}
+    shapes = []
+    for name, value in write(directory, sizes, shard_bytes):
+        shapes.append(value.numel())
+        if name in scales:
+            rows = scales[name].granularity.flat(value)
+            scales[name].set_range(rows.amin(-1).float(), rows.amax(-1).float())
+    save_quant_state(directory, without_quantizers(model.state_dict(), model)[1], quant)
+    return {"parameters": sum(shapes), "bytes": folder_bytes(directory), "largest": 2 * max(shapes)}
+
+
+def on_meta(sizes: dict[str, int]) -> LlamaForCausalLM:
+    """The Llama of these sizes, in bfloat16, without memory."""
     config = LlamaConfig(
         vocab_size=sizes["vocab"],
         hidden_size=sizes["hidden"],
         intermediate_size=sizes["intermediate"],
         num_hidden_layers=sizes["layers"],
         num_attention_heads=sizes["heads"],
-        num_key_value_heads=sizes["heads"],
+        num_key_value_heads=sizes.get("kv_heads", sizes["heads"]),
         architectures=["LlamaForCausalLM"],
         dtype="bfloat16",
     )
     with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    quant = QuantConfig.parse("ste", scheme)
-    attach(model, quant, fit=False)
-    scales = {path.removesuffix("_quant"): q for path, q in quantizers(model) if q.is_weight}
+        return LlamaForCausalLM(config).to(torch.bfloat16)
+
+
+def write(directory: Path, sizes: dict[str, int], shard_bytes: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Write the float Llama with random weights, handing out each tensor as it goes."""
+    model = on_meta(sizes)
     directory.mkdir()
-    config.save_pretrained(directory)
+    model.config.save_pretrained(directory)
     pool = (torch.randn(2**24, generator=torch.Generator().manual_seed(0)) * 0.02).to(torch.bfloat16)
     sink = Sink(directory, shard_bytes)
-    for number, (name, shape) in enumerate(shapes.items()):
-        size = shape.numel()
-        value = pool.roll(7919 * number).repeat(-(-size // len(pool)))[:size].reshape(shape)
+    for number, (name, tensor) in enumerate(model.state_dict().items()):
+        size = tensor.numel()
+        value = pool.roll(7919 * number).repeat(-(-size // len(pool)))[:size].reshape(tensor.shape)
         sink.add(name, value)
-        if name in scales:
-            rows = scales[name].granularity.flat(value)
-            scales[name].set_range(rows.amin(-1).float(), rows.amax(-1).float())
+        yield name, value
     sink.finish()
-    save_quant_state(directory, without_quantizers(model.state_dict(), model)[1], quant)
-    largest = max(shape.numel() for shape in shapes.values())
-    return {
-        "parameters": sum(shape.numel() for shape in shapes.values()),
-        "bytes": folder_bytes(directory),
-        "largest": 2 * largest,
-    }
 
 
 def folder_bytes(directory: Path) -> int:

@@ -47,9 +47,9 @@ Half* bits_to(Tensor& t) { return static_cast<Half*>(t.mutable_data_ptr()); }
 __m128i bytes(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 __m512 reals(const int8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes(p))); }
 
-// sums[r]: row r of x (ROWS, width) times one row of codes
+// to[r * apart]: row r of x (ROWS, width) times one row of codes, times its scale
 template <int ROWS>
-void dots(const float* x, const int8_t* w, int64_t width, float* sums) {
+void dots(const float* x, const int8_t* w, int64_t width, float scale, Half* to, int64_t apart) {
   constexpr int64_t PARTS = LINE / LANES;
   __m512 sum[ROWS][PARTS];
   for (auto& row : sum)
@@ -66,7 +66,7 @@ void dots(const float* x, const int8_t* w, int64_t width, float* sums) {
   for (; k < width; k += LANES) add(k, 0);
   for (int r = 0; r < ROWS; r++) {
     const __m512 all = _mm512_add_ps(_mm512_add_ps(sum[r][0], sum[r][1]), _mm512_add_ps(sum[r][2], sum[r][3]));
-    sums[r] = _mm512_reduce_add_ps(all);
+    to[r * apart] = rounded(_mm512_reduce_add_ps(all) * scale);
   }
 }
 
@@ -79,13 +79,11 @@ Tensor int8_rows(const Tensor& x, const Tensor& codes, const Tensor& scale) {
   const Half* scales = bits(scale);
   Half* to = bits_to(y);
   at::parallel_for(0, out, LINE, [&](int64_t first, int64_t last) {
-    float sums[4];
     for (int64_t n = first; n < last; n++)
       for (int64_t r = 0; r < rows; r += 4) {
         const int64_t count = std::min<int64_t>(4, rows - r);
         auto* some = count == 4 ? dots<4> : count == 3 ? dots<3> : count == 2 ? dots<2> : dots<1>;
-        some(from + r * width, weight + n * width, width, sums);
-        for (int64_t i = 0; i < count; i++) to[(r + i) * out + n] = rounded(sums[i] * widened(scales[n]));
+        some(from + r * width, weight + n * width, width, widened(scales[n]), to + r * out + n, out);
       }
   });
   return y;

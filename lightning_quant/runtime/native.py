@@ -29,6 +29,7 @@ SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-O3", "-march=native", "-fopenmp")
 OPERATORS = ("int8_rows", "int4_tiles", "int8_tiles")
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
+CHECKED = (1, 2, 3, 4, 6, 17, 40)  # rows that a kernel is tried on before it is used
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,31 @@ def find(name: str) -> Kernel | None:
     They answer (rows, out), bfloat16.
     """
     kernel: Kernel | None = getattr(torch.ops.lightning_quant, name, None) if _loaded() else None
-    return kernel
+    if kernel is None or all(_is_right(kernel, name, rows) for rows in CHECKED):
+        return kernel
+    log.warning("the kernel %s computes wrongly as this compiler made it, and is not used", name)
+    return None
+
+
+def _is_right(kernel: Kernel, name: str, rows: int) -> bool:
+    """Whether sums of a few codes, which bfloat16 holds exactly, come out exactly: compilers are not beyond doubt."""
+    out, width = 128, 96
+    four = name == "int4_tiles"
+    low = -8 if four else -128
+    codes = (torch.arange(out * width).reshape(out, width) * 37 % (-2 * low) + low).to(torch.int8)
+    x = torch.zeros(rows, width, dtype=torch.bfloat16)
+    for r in range(rows):
+        x[r, r * 7 % width] = 1
+        x[r, (r * 5 + 41) % width] += 1
+    scale = 2.0 ** (torch.arange(out) % 4).to(torch.bfloat16)
+    expected = (x.float() @ codes.float().t() * scale.float()).to(torch.bfloat16)
+    if four:
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int() + 8, 1)
+        spread = scale.expand(width // 32, out)
+        found = kernel(x, packed, torch.stack((spread, torch.zeros_like(spread)), -1).contiguous())
+    else:
+        found = kernel(x, codes, scale)
+    return torch.equal(found, expected)
 
 
 @cache
