@@ -16,7 +16,8 @@ from lightning_quant.quantizer import FakeQuantizer
 from lightning_quant.ranges import RANGES
 from lightning_quant.report import Report
 from lightning_quant.schedule import Schedule
-from lightning_quant.spec import LayerRule, QuantConfig, TensorSpec
+from lightning_quant.scheme import TensorSpec
+from lightning_quant.spec import LayerRule, QuantConfig
 from lightning_quant.version import __version__
 
 if TYPE_CHECKING:

@@ -33,7 +33,8 @@ from lightning_quant.progress import track
 from lightning_quant.quantizer import FakeQuantizer
 from lightning_quant.report import Report
 from lightning_quant.resolve import resolve_activation
-from lightning_quant.spec import KV_CACHES, QuantConfig, TensorSpec
+from lightning_quant.scheme import TensorSpec
+from lightning_quant.spec import KV_CACHES, QuantConfig
 
 EVERYWHERE = "a weight that is quantized wherever it is read"
 ALIKE = "Quantize both alike (embeddings=True and head=True with w8) or neither, or untie them."

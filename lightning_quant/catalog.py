@@ -17,7 +17,7 @@ from lightning_quant.ranges import RANGES
 from lightning_quant.resolve import resolve_activation, resolve_weight
 from lightning_quant.scales import SCALE_FORMATS
 from lightning_quant.schedule import CURVES
-from lightning_quant.spec import parse_scheme
+from lightning_quant.scheme import parse_scheme
 
 ADAM = 4  # value, gradient and two moments
 SHAPE = (64, 1024)

@@ -28,7 +28,7 @@ from lightning_quant.granularity import Granularity
 from lightning_quant.progress import track
 from lightning_quant.quantizer import FakeQuantizer
 from lightning_quant.resolve import resolve_weight
-from lightning_quant.spec import TensorSpec
+from lightning_quant.scheme import TensorSpec
 
 
 class CompactLinear(nn.Linear):

@@ -32,7 +32,8 @@ from lightning_quant.norms import FOLDED
 from lightning_quant.operators import plan_operators
 from lightning_quant.report import Entry, Report
 from lightning_quant.resolve import for_target, resolve_activation, resolve_weight
-from lightning_quant.spec import INHERIT, LayerRule, QuantConfig, TensorSpec, parse_scheme
+from lightning_quant.scheme import TensorSpec, parse_scheme
+from lightning_quant.spec import INHERIT, LayerRule, QuantConfig
 from lightning_quant.targets import TARGETS, Target
 
 

@@ -17,7 +17,7 @@ from lightning_quant.grid import Grid, reader_scale
 from lightning_quant.metrics import measure
 from lightning_quant.observers import build_observer
 from lightning_quant.ranges import build_range
-from lightning_quant.spec import TensorSpec
+from lightning_quant.scheme import TensorSpec
 from lightning_quant.targets import TARGETS
 
 ELEMENTS = 2**18  # that an export encodes at a time: float temporaries stay small, and in the processor's cache

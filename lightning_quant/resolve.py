@@ -9,7 +9,7 @@ from lightning_quant.errors import explain
 from lightning_quant.estimators import Estimator, overrides
 from lightning_quant.grid import UNIFORM, Grid
 from lightning_quant.ranges import build_range
-from lightning_quant.spec import DEFAULT_GROUP, TensorSpec
+from lightning_quant.scheme import DEFAULT_GROUP, TensorSpec
 from lightning_quant.targets import Target
 
 

@@ -19,7 +19,7 @@ PACKAGES = ("lightning_quant", "hf_integration")
 LAYERS = (
     ("errors", "version", "schedule", "distributed", "noise", "progress", "reuse", "report"),
     ("graph", "adapters", "targets", "zero", "presets"),
-    ("spec",),
+    ("scheme", "spec"),
     ("granularity", "codebooks", "scales", "integer"),
     ("grid",),
     ("estimators", "observers", "ranges"),

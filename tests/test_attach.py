@@ -23,7 +23,8 @@ from lightning_quant.attach import (
 from lightning_quant.calibration import calibrate
 from lightning_quant.errors import AttachError, CoverageError
 from lightning_quant.layers import QuantLayer
-from lightning_quant.spec import LayerRule, QuantConfig, TensorSpec
+from lightning_quant.scheme import TensorSpec
+from lightning_quant.spec import LayerRule, QuantConfig
 
 
 def mlp():

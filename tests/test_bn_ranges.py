@@ -13,7 +13,8 @@ from lightning_quant import QuantConfig, attach, calibrate
 from lightning_quant.bn_ranges import ranges_from_norms
 from lightning_quant.graph import flow
 from lightning_quant.observers.bn_stats import BnStats, promised
-from lightning_quant.spec import LayerRule, TensorSpec
+from lightning_quant.scheme import TensorSpec
+from lightning_quant.spec import LayerRule
 from tests.convnets import MobileNetV2, ResNet20, digits, train
 
 CONFIG = QuantConfig(method="ste", weight=TensorSpec(8), activation=TensorSpec(8, observer="bn_stats", dynamic=False))

@@ -21,7 +21,7 @@ from lightning_quant.granularity import Granularity
 from lightning_quant.grid import Grid
 from lightning_quant.quantizer import FakeQuantizer
 from lightning_quant.resolve import resolve_activation, resolve_weight
-from lightning_quant.spec import TensorSpec
+from lightning_quant.scheme import TensorSpec
 from tests import oracle
 from tests.loop import Run, check_folded, check_run
 from tests.oracle.pege import expected as uniform_pege

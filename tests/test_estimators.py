@@ -23,7 +23,7 @@ from lightning_quant.granularity import Granularity
 from lightning_quant.grid import Grid
 from lightning_quant.quantizer import FakeQuantizer
 from lightning_quant.resolve import resolve_activation, resolve_weight
-from lightning_quant.spec import TensorSpec
+from lightning_quant.scheme import TensorSpec
 from tests import oracle
 
 LAM = 2.0**-3  # exact in float32, in which scheduled scalars live

@@ -16,7 +16,7 @@ from lightning_quant.experts import ExpertWeight, QuantExperts
 from lightning_quant.granularity import Granularity
 from lightning_quant.quantizer import FakeQuantizer
 from lightning_quant.resolve import resolve_weight
-from lightning_quant.spec import TensorSpec, parse_scheme
+from lightning_quant.scheme import TensorSpec, parse_scheme
 
 LSQ = QuantConfig.parse("lsq", "w4a16-g16")
 SIZES = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "pad_token_id": 0}

@@ -11,7 +11,7 @@ from lightning_quant.estimators.power import Power, SignedPower
 from lightning_quant.granularity import Granularity
 from lightning_quant.quantizer import FakeQuantizer
 from lightning_quant.resolve import resolve_activation
-from lightning_quant.spec import TensorSpec
+from lightning_quant.scheme import TensorSpec
 from tests.loop import Run, check_folded, check_run, convolutional, weights_lie_on_their_grid
 
 

@@ -24,7 +24,7 @@ from lightning_quant.estimators.tqt import Tqt
 from lightning_quant.granularity import Granularity
 from lightning_quant.quantizer import FakeQuantizer
 from lightning_quant.resolve import resolve_weight
-from lightning_quant.spec import TensorSpec
+from lightning_quant.scheme import TensorSpec
 
 F64 = torch.float64
 

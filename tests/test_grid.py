@@ -21,7 +21,7 @@ from lightning_quant.grid import (
     scale_and_zero,
     symmetric_scale,
 )
-from lightning_quant.spec import WEIGHT_BITS
+from lightning_quant.scheme import WEIGHT_BITS
 from tests import oracle
 
 values = st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=20)

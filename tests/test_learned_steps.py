@@ -20,7 +20,7 @@ from lightning_quant.grid import Grid
 from lightning_quant.observers import OBSERVERS, build_observer
 from lightning_quant.quantizer import FakeQuantizer
 from lightning_quant.resolve import resolve_activation, resolve_weight
-from lightning_quant.spec import TensorSpec, parse_scheme
+from lightning_quant.scheme import TensorSpec, parse_scheme
 from tests.loop import Run, check_folded, check_run, convolutional
 from tests.test_estimators import check, options_of
 

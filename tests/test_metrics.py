@@ -17,7 +17,7 @@ from lightning_quant.grid import Grid
 from lightning_quant.metrics import clipped, reach
 from lightning_quant.quantizer import FakeQuantizer
 from lightning_quant.resolve import resolve_activation
-from lightning_quant.spec import TensorSpec
+from lightning_quant.scheme import TensorSpec
 
 
 def controlled(method="lsq", scheme="w4a16-tensor", model=None, total=100, **options):

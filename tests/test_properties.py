@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 
 from lightning_quant import ESTIMATORS
 from lightning_quant.catalog import example
-from lightning_quant.spec import parse_scheme
+from lightning_quant.scheme import parse_scheme
 
 ROWS = arrays(np.float32, (1, 32), elements=st.floats(-4, 4, width=32, allow_subnormal=False))
 MADE_FOR_INPUTS = [m for m, kind in ESTIMATORS.items() if parse_scheme(kind.about.scheme)[1] is not None]

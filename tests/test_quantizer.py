@@ -12,7 +12,7 @@ from lightning_quant.estimators import build_estimator
 from lightning_quant.granularity import Granularity
 from lightning_quant.grid import reader_scale, symmetric_scale
 from lightning_quant.quantizer import FakeQuantizer
-from lightning_quant.spec import TensorSpec
+from lightning_quant.scheme import TensorSpec
 
 
 def weight_quantizer(

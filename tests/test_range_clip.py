@@ -13,7 +13,8 @@ from lightning_quant.estimators.ste import Ste
 from lightning_quant.granularity import Granularity
 from lightning_quant.quantizer import FakeQuantizer
 from lightning_quant.resolve import resolve_activation, resolve_weight
-from lightning_quant.spec import QuantConfig, TensorSpec
+from lightning_quant.scheme import TensorSpec
+from lightning_quant.spec import QuantConfig
 
 
 def clipped(bits=2, alpha=6.0, learn=True, dtype=torch.float64):

@@ -25,7 +25,7 @@ from lightning_quant.quantizer import FakeQuantizer
 from lightning_quant.ranges import RANGES, build_range
 from lightning_quant.ranges.bounds import SMALLEST
 from lightning_quant.resolve import resolve_activation, resolve_weight
-from lightning_quant.spec import TensorSpec
+from lightning_quant.scheme import TensorSpec
 from tests.loop import Run, check_folded, check_run
 from tests.test_estimators import check, close, options_of
 

@@ -12,7 +12,7 @@ from lightning_quant import QuantCallback, QuantConfig, attach
 from lightning_quant.estimators.lsq import Lsq
 from lightning_quant.estimators.ste import Ste
 from lightning_quant.resolve import resolve_activation, resolve_weight
-from lightning_quant.spec import TensorSpec, parse_scheme
+from lightning_quant.scheme import TensorSpec, parse_scheme
 
 CLOSED = {"grid": "int", "range": "scale"}
 

@@ -19,7 +19,7 @@ from lightning_quant.grid import Grid
 from lightning_quant.quantizer import FakeQuantizer
 from lightning_quant.resolve import resolve_activation, resolve_weight
 from lightning_quant.scales import SCALE_FORMATS, e4m3, e4m3_divisor, e8m0, power_of_two
-from lightning_quant.spec import TensorSpec
+from lightning_quant.scheme import TensorSpec
 from tests.loop import Run, check_folded, check_run
 
 positive = st.floats(2.0**-100, 2.0**100, width=32)

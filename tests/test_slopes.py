@@ -19,7 +19,8 @@ from lightning_quant.estimators.ste import Ste
 from lightning_quant.granularity import Granularity
 from lightning_quant.grid import Grid
 from lightning_quant.quantizer import FakeQuantizer
-from lightning_quant.spec import LayerRule, TensorSpec
+from lightning_quant.scheme import TensorSpec
+from lightning_quant.spec import LayerRule
 from tests import test_estimators as contract
 from tests.loop import Run, check_folded, check_run, convolutional
 from tests.test_estimators import check, expected, quantizer_of, run

@@ -8,16 +8,8 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from lightning_quant.spec import (
-    FLOATS,
-    GRAMMAR,
-    PRESETS,
-    WEIGHT_BITS,
-    LayerRule,
-    QuantConfig,
-    TensorSpec,
-    parse_scheme,
-)
+from lightning_quant.scheme import FLOATS, GRAMMAR, PRESETS, WEIGHT_BITS, TensorSpec, parse_scheme
+from lightning_quant.spec import LayerRule, QuantConfig
 
 # --- grammar ------------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,8 @@ from lightning_quant.estimators.syq import Syq
 from lightning_quant.granularity import Granularity
 from lightning_quant.quantizer import FakeQuantizer
 from lightning_quant.resolve import resolve_activation, resolve_weight
-from lightning_quant.spec import QuantConfig, TensorSpec
+from lightning_quant.scheme import TensorSpec
+from lightning_quant.spec import QuantConfig
 from tests.loop import Run, check_folded, check_run, convolutional
 from tests.oracle import syq as paper
 

@@ -12,7 +12,7 @@ from lightning_quant.estimators.lsq import Lsq
 from lightning_quant.export import FORMATS
 from lightning_quant.resolve import for_target, resolve_weight
 from lightning_quant.scales import SCALE_FORMATS
-from lightning_quant.spec import TensorSpec
+from lightning_quant.scheme import TensorSpec
 from lightning_quant.targets import TARGETS, Target
 
 

@@ -10,7 +10,7 @@ from lightning_quant.estimators.dorefa import Dorefa
 from lightning_quant.granularity import Granularity
 from lightning_quant.quantizer import FakeQuantizer
 from lightning_quant.resolve import resolve_weight
-from lightning_quant.spec import TensorSpec
+from lightning_quant.scheme import TensorSpec
 
 W = [-1.0, -0.2, 0.1, 0.5]
 FACTOR = [0.55144113, 1.26188335, 1.29999197, 1.03263362]

@@ -15,7 +15,7 @@ from lightning_quant.observers.als import Als
 from lightning_quant.observers.rms import Rms
 from lightning_quant.quantizer import FakeQuantizer
 from lightning_quant.resolve import resolve_activation
-from lightning_quant.spec import TensorSpec
+from lightning_quant.scheme import TensorSpec
 from tests.loop import Run, check_folded, check_run, convolutional, weights_lie_on_their_grid
 from tests.oracle import bounds
 from tests.oracle import tsq as oracle

@@ -21,7 +21,7 @@ from torch import Tensor
 from lightning_quant.errors import explain
 from lightning_quant.grid import Grid, beyond
 from lightning_quant.schedule import Schedule
-from lightning_quant.spec import TensorSpec
+from lightning_quant.scheme import TensorSpec
 
 if TYPE_CHECKING:
     from typing import Self

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_quant.errors import unknown
 from lightning_quant.estimators.base import About, Bins, Estimator, Gradient, demand, inside
 from lightning_quant.grid import Grid
-from lightning_quant.spec import TensorSpec
+from lightning_quant.scheme import TensorSpec
 
 if TYPE_CHECKING:
     from lightning_quant.quantizer import FakeQuantizer

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_quant.errors import unknown
 from lightning_quant.estimators.base import About, Bins, Estimator, Gradient
 from lightning_quant.estimators.ste import Ste
-from lightning_quant.spec import TensorSpec
+from lightning_quant.scheme import TensorSpec
 
 WEIGHTS = ("quadratic", "clipped")
 

@@ -13,7 +13,7 @@ from lightning_quant.errors import explain
 from lightning_quant.estimators.base import About, Estimator, demand
 from lightning_quant.grid import Grid
 from lightning_quant.noise import uniform
-from lightning_quant.spec import TensorSpec
+from lightning_quant.scheme import TensorSpec
 
 if TYPE_CHECKING:
     from lightning_quant.quantizer import FakeQuantizer

@@ -15,7 +15,7 @@ from lightning_quant.estimators.base import About, Bins, Estimator, Gradient, de
 from lightning_quant.estimators.bireal import signs
 from lightning_quant.grid import UNIFORM, Grid
 from lightning_quant.schedule import Schedule, as_schedule
-from lightning_quant.spec import TensorSpec
+from lightning_quant.scheme import TensorSpec
 
 if TYPE_CHECKING:
     from lightning_quant.quantizer import FakeQuantizer

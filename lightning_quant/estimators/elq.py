@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_quant.errors import explain
 from lightning_quant.estimators.base import About, Bins, Gradient, demand
 from lightning_quant.estimators.incremental import Incremental
-from lightning_quant.spec import TensorSpec
+from lightning_quant.scheme import TensorSpec
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_quant.estimators.base import About, Estimator, demand
 from lightning_quant.estimators.ste import Ste
 from lightning_quant.grid import Grid
-from lightning_quant.spec import TensorSpec
+from lightning_quant.scheme import TensorSpec
 
 
 @dataclass(frozen=True)

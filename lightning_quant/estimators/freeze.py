@@ -13,7 +13,7 @@ from lightning_quant.errors import explain
 from lightning_quant.estimators.base import About, Bins, Estimator, Gradient, demand
 from lightning_quant.estimators.lsq import Lsq
 from lightning_quant.schedule import Schedule, as_schedule
-from lightning_quant.spec import TensorSpec
+from lightning_quant.scheme import TensorSpec
 
 if TYPE_CHECKING:
     from lightning_quant.quantizer import FakeQuantizer

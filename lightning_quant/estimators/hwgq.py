@@ -14,7 +14,7 @@ from lightning_quant.estimators.base import About, Bins, Estimator, Gradient, de
 from lightning_quant.estimators.binary import BinaryWeights
 from lightning_quant.grid import Grid
 from lightning_quant.observers.half_gauss import STEPS
-from lightning_quant.spec import TensorSpec
+from lightning_quant.scheme import TensorSpec
 
 BACKWARDS = ("clipped", "vanilla", "log")
 SPREADS = ("measured", "unit")

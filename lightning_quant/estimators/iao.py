@@ -12,7 +12,7 @@ from lightning_quant.errors import explain
 from lightning_quant.estimators.base import About, Bins, Estimator, Gradient, demand
 from lightning_quant.estimators.gated import Gated
 from lightning_quant.grid import Grid
-from lightning_quant.spec import TensorSpec
+from lightning_quant.scheme import TensorSpec
 
 
 @dataclass(frozen=True)

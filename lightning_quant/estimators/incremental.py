@@ -15,7 +15,7 @@ from lightning_quant.estimators.base import Bins, Estimator, Gradient, demand
 from lightning_quant.estimators.ste import Ste
 from lightning_quant.grid import Grid
 from lightning_quant.schedule import Schedule, as_schedule
-from lightning_quant.spec import TensorSpec
+from lightning_quant.scheme import TensorSpec
 
 if TYPE_CHECKING:
     from lightning_quant.quantizer import FakeQuantizer

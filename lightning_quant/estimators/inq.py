@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from lightning_quant.estimators.base import About, demand
 from lightning_quant.estimators.incremental import Incremental
-from lightning_quant.spec import TensorSpec
+from lightning_quant.scheme import TensorSpec
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from lightning_quant.errors import unknown
 from lightning_quant.estimators.base import About, Estimator
-from lightning_quant.spec import TensorSpec
+from lightning_quant.scheme import TensorSpec
 
 STARTS = ("mse", "lsq")
 

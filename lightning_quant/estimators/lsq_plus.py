@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from lightning_quant.estimators.base import About, Estimator, demand
-from lightning_quant.spec import TensorSpec
+from lightning_quant.scheme import TensorSpec
 
 
 @dataclass(frozen=True)

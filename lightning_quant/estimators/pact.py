@@ -12,7 +12,7 @@ from lightning_quant.errors import explain
 from lightning_quant.estimators.base import About, Bins, Estimator, Gradient, demand
 from lightning_quant.estimators.dorefa import DorefaWeights
 from lightning_quant.schedule import Schedule
-from lightning_quant.spec import TensorSpec
+from lightning_quant.scheme import TensorSpec
 
 if TYPE_CHECKING:
     from lightning_quant.quantizer import FakeQuantizer

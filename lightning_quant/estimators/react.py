@@ -13,7 +13,7 @@ from lightning_quant.errors import explain, unknown
 from lightning_quant.estimators.base import About, Bins, Estimator, Gradient
 from lightning_quant.estimators.bireal import StraightWeights, quadratic, signs
 from lightning_quant.estimators.ste import MASKS
-from lightning_quant.spec import TensorSpec
+from lightning_quant.scheme import TensorSpec
 
 if TYPE_CHECKING:
     from lightning_quant.quantizer import FakeQuantizer

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_quant.estimators.base import About, Bins, Estimator, Gradient, demand
 from lightning_quant.estimators.lsq import Lsq
 from lightning_quant.grid import Grid
-from lightning_quant.spec import TensorSpec
+from lightning_quant.scheme import TensorSpec
 
 CLIP = 0.99
 LEVELS = {1.58: 1.5, 2: 2.0}  # n: levels per alpha

@@ -14,7 +14,7 @@ from lightning_quant.estimators.base import About, Bins, Estimator, Gradient, de
 from lightning_quant.estimators.ste import Ste
 from lightning_quant.estimators.twn import ternary
 from lightning_quant.grid import Grid
-from lightning_quant.spec import TensorSpec
+from lightning_quant.scheme import TensorSpec
 
 if TYPE_CHECKING:
     from lightning_quant.quantizer import FakeQuantizer

@@ -14,7 +14,7 @@ from lightning_quant.estimators.base import About, Estimator, demand
 from lightning_quant.estimators.gated import Gated
 from lightning_quant.estimators.half_normal import half_normal_levels
 from lightning_quant.grid import Grid, code_bounds
-from lightning_quant.spec import TensorSpec
+from lightning_quant.scheme import TensorSpec
 
 if TYPE_CHECKING:
     from lightning_quant.quantizer import FakeQuantizer

@@ -22,7 +22,8 @@ from lightning_quant.fused import fused_layers
 from lightning_quant.kv_cache import kv_quantizers
 from lightning_quant.layers import QuantLayer, QuantLinear
 from lightning_quant.quantizer import FakeQuantizer
-from lightning_quant.spec import QuantConfig, TensorSpec
+from lightning_quant.scheme import TensorSpec
+from lightning_quant.spec import QuantConfig
 
 EXPERTS = r"re:.*\.experts.*"  # a target; single experts have no module in transformers
 

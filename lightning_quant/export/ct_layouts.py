@@ -24,7 +24,7 @@ from lightning_quant.export.layout import Matrix
 from lightning_quant.export.words import pack_words
 from lightning_quant.quantizer import FakeQuantizer
 from lightning_quant.scales import e4m3_divisor
-from lightning_quant.spec import TensorSpec
+from lightning_quant.scheme import TensorSpec
 
 PACKED, PLAIN, EXPONENT_BIAS = "pack-quantized", "int-quantized", 127
 

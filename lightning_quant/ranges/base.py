@@ -19,7 +19,7 @@ from lightning_quant.errors import explain
 
 if TYPE_CHECKING:
     from lightning_quant.quantizer import FakeQuantizer
-    from lightning_quant.spec import TensorSpec
+    from lightning_quant.scheme import TensorSpec
 
 
 @dataclass(frozen=True)

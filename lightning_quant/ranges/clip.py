@@ -15,7 +15,7 @@ from lightning_quant.ranges.base import Range
 
 if TYPE_CHECKING:
     from lightning_quant.quantizer import FakeQuantizer
-    from lightning_quant.spec import TensorSpec
+    from lightning_quant.scheme import TensorSpec
 
 SMALLEST = 1e-6
 

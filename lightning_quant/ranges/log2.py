@@ -16,7 +16,7 @@ from lightning_quant.ranges.base import Range
 
 if TYPE_CHECKING:
     from lightning_quant.quantizer import FakeQuantizer
-    from lightning_quant.spec import TensorSpec
+    from lightning_quant.scheme import TensorSpec
 
 UNSET = -2048.0  # finite and exact in every dtype: before a range is set it is multiplied by 0 and added
 

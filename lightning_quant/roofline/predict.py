@@ -18,7 +18,8 @@ from lightning_quant.roofline.counting import Counted, Use
 from lightning_quant.roofline.hardware import Hardware
 from lightning_quant.roofline.phases import Load, count_phases, load_for
 from lightning_quant.roofline.stored import Stored, stored
-from lightning_quant.spec import QuantConfig, TensorSpec
+from lightning_quant.scheme import TensorSpec
+from lightning_quant.spec import QuantConfig
 
 
 @dataclass(frozen=True)

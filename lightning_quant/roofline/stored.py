@@ -20,7 +20,8 @@ from lightning_quant.export.shards import Sink
 from lightning_quant.export.weights import float_tensors
 from lightning_quant.layers import QuantLayer
 from lightning_quant.plan import LayerPlan, make_plan
-from lightning_quant.spec import INHERIT, LayerRule, QuantConfig, TensorSpec
+from lightning_quant.scheme import TensorSpec
+from lightning_quant.spec import INHERIT, LayerRule, QuantConfig
 
 PARTS = {  # by the end of a stored tensor's name
     "weight_packed": "codes",

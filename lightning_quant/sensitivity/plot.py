@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from lightning_quant.plots import figure_of, save
+from lightning_quant.scheme import parse_scheme
 from lightning_quant.sensitivity.result import UNITS, Recipe, Sensitivity
-from lightning_quant.spec import parse_scheme
 
 LABELED = 60  # layers whose names still fit below the axis
 

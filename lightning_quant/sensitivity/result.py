@@ -10,8 +10,9 @@ from typing import Any
 
 from lightning_quant.allocation import allocate, allocate_greedily
 from lightning_quant.errors import explain
+from lightning_quant.scheme import TensorSpec, parse_scheme
 from lightning_quant.sensitivity.budgets import Budget, describe
-from lightning_quant.spec import INHERIT, LayerRule, QuantConfig, TensorSpec, parse_scheme
+from lightning_quant.spec import INHERIT, LayerRule, QuantConfig
 
 SOLVERS = ("exact", "greedy")
 UNITS = {

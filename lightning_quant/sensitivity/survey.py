@@ -17,13 +17,14 @@ from lightning_quant.calibration import commit_ranges, open_observers
 from lightning_quant.errors import explain, unknown
 from lightning_quant.fused import fused_layers
 from lightning_quant.layers import QuantLayer, is_compact
+from lightning_quant.scheme import TensorSpec, parse_scheme
 from lightning_quant.sensitivity import measures
 from lightning_quant.sensitivity.budgets import Seconds, bit_operations, held_bytes, seconds_of, stored_bits
 from lightning_quant.sensitivity.latency import Known, measured
 from lightning_quant.sensitivity.result import Sensitivity
 from lightning_quant.sensitivity.trace import Trace, traces
 from lightning_quant.sensitivity.traffic import samples, watch
-from lightning_quant.spec import INHERIT, QuantConfig, TensorSpec, parse_scheme
+from lightning_quant.spec import INHERIT, QuantConfig
 from lightning_quant.transforms.pairs import call
 
 SCHEMES = ("w2a16-g32", "w3a16-g32", "w4a16-g32", "w8a16")
