@@ -80,7 +80,7 @@ bench-export: $(READY)
 bench-ptq: $(READY)
 	$(BIN)/python examples/benchmarks/ptq.py
 
-# 10 GB of disk and a quarter of an hour
+# 8 GB of disk and half an hour
 bench-ptq-1b: $(READY)
 	$(BIN)/python examples/benchmarks/ptq_1b.py
 
