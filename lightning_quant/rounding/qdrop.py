@@ -19,5 +19,4 @@ class QDrop(Brecq):
     **Deviation**: as ``AdaRound``; ranges of activations stay as calibrated.
     """
 
-    needs_gradients: ClassVar[bool] = False
     drop: ClassVar[float] = 0.5

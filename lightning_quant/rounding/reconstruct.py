@@ -39,7 +39,6 @@ class Reconstruct:
     """
 
     needs_float: ClassVar[bool] = True
-    needs_gradients: ClassVar[bool] = False
     variable: ClassVar[type[Variable]] = SoftRounding
     decays: ClassVar[bool] = False
 
@@ -52,6 +51,11 @@ class Reconstruct:
             got = f"iterations={self.iterations}, lr={self.lr}, regularizer={self.regularizer}"
             expected = "iterations >= 1, lr > 0 and regularizer >= 0"
             raise ValueError(explain(type(self).__name__.lower(), expected, got, "Leave them out."))
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the loss's gradients at outputs of blocks are asked for."""
+        return False
 
     def optimize(
         self,

@@ -93,13 +93,13 @@ def test_training_starts_from_the_rounded_weights():
 
 
 def test_block_losses_fall_and_gradients_weigh_them():
-    def run(labels):
+    def run(**options):
         model = causal_lm()
         config = QuantConfig.parse("ste", "w2a16-g16")
-        report = round_model(model, config, batches(labels=labels), "brecq", iterations=60, lr=0.1)
+        report = round_model(model, config, batches(labels=True), "brecq", iterations=60, lr=0.1, **options)
         return report, model
 
-    (weighed, a), (plain, b) = run(True), run(False)
+    (weighed, a), (plain, b) = run(importance=True), run()
     for report in (weighed, plain):
         assert list(report.errors) == ["model.layers.0", "model.layers.1"]
         for before, after in report.errors.values():
