@@ -24,6 +24,7 @@ import formats  # noqa: E402
 import logging_cost  # noqa: E402
 import overhead  # noqa: E402
 import ptq  # noqa: E402
+import ptq_1b  # noqa: E402
 import qlora_memory  # noqa: E402
 import roofline_check  # noqa: E402
 import runtime  # noqa: E402
@@ -92,6 +93,7 @@ SECTIONS = {
     "distill": lambda: distill.table(results("distill")),
     "export": lambda: export_7b.table(results("export")),
     "ptq": lambda: ptq.table(results("ptq")),
+    "ptq_1b": lambda: ptq_1b.table(results("ptq_1b")),
     "qlora": lambda: qlora_memory.table(results("qlora")),
     "roofline": lambda: roofline_check.table(results("roofline")),
     "runtime": lambda: runtime.table(results("runtime")),
