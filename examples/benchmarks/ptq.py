@@ -32,7 +32,13 @@ from lightning_quant.rounding import round_model
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "ptq.json"
 SCHEMES = ("w3a16-g32", "w2a16-g32")
-NAMES = {"rtn": "to nearest", "adaround": "AdaRound", "brecq": "BRECQ", "gptq": "GPTQ"}
+ARMS: dict[str, tuple[str, dict[str, Any]]] = {  # label in the table -> rounding and options
+    "to nearest": ("rtn", {}),
+    "AdaRound": ("adaround", {}),
+    "BRECQ": ("brecq", {}),
+    "BRECQ, importance": ("brecq", {"importance": True}),
+    "GPTQ": ("gptq", {}),
+}
 ITERATED = ("adaround", "brecq")
 
 
@@ -56,13 +62,15 @@ def loss(bench: Bench, model: Any) -> float:
     return sum(float(model(input_ids=r, labels=r).loss) * len(r) for r in rows.split(32)) / len(rows)
 
 
-def one(bench: Bench, weights: dict[str, torch.Tensor], scheme: str, rounding: str, seed: int) -> dict[str, float]:
+def one(bench: Bench, weights: dict[str, torch.Tensor], scheme: str, arm: str, seed: int) -> dict[str, float]:
     """Loss after rounding, its seconds, and the loss after fine-tuning from there."""
     model = bench.model()
     model.load_state_dict(weights)
     config = QuantConfig.parse("pege", scheme)
     attach(model, config)
-    options = {"iterations": bench.args.iterations} if rounding in ITERATED else {}
+    rounding, options = ARMS[arm]
+    if rounding in ITERATED:
+        options = {**options, "iterations": bench.args.iterations}
     begin = time.perf_counter()
     round_model(model, None, calibration(bench, seed), rounding, seed=seed, **options)
     seconds = time.perf_counter() - begin
@@ -88,15 +96,23 @@ def measure(bench: Bench, cache: Path) -> dict[str, Any]:
     figures: dict[str, Any] = {"float": loss(bench, model), "runs": {}}
     say(f"float model: {figures['float']:.4f}")
     for scheme in SCHEMES:
-        for rounding in NAMES:
-            found = figures["runs"].setdefault(scheme, {}).setdefault(rounding, [])
+        for arm in args.arms:
+            found = figures["runs"].setdefault(scheme, {}).setdefault(arm, [])
             for seed in range(args.seeds):
-                words = [scheme, rounding, seed, args.samples, args.steps, args.iterations, *trained.values()]
+                words = [
+                    scheme,
+                    arm.replace(" ", "_"),
+                    seed,
+                    args.samples,
+                    args.steps,
+                    args.iterations,
+                    *trained.values(),
+                ]
                 file = cache / ("-".join(map(str, words)) + ".json")
                 if not file.is_file():
-                    file.write_text(json.dumps(one(bench, weights, scheme, rounding, seed)), encoding="utf-8")
+                    file.write_text(json.dumps(one(bench, weights, scheme, arm, seed)), encoding="utf-8")
                 found.append(json.loads(file.read_text(encoding="utf-8")))
-                say(f"{scheme}, {rounding}, seed {seed}: {found[-1]}")
+                say(f"{scheme}, {arm}, seed {seed}: {found[-1]}")
     return figures
 
 
@@ -113,10 +129,11 @@ def table(results: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for scheme, arms in figures["runs"].items():
-        for rounding, runs in arms.items():
+        for arm, runs in arms.items():
             mean = {key: statistics.mean(run[key] for run in runs) for key in runs[0]}
-            gaps = [difference(runs, arms["rtn"], key) if rounding != "rtn" else "" for key in ("rounded", "tuned")]
-            cells = [scheme, NAMES[rounding], f"{mean['rounded']:.4f}", gaps[0], f"{mean['seconds']:.1f}"]
+            base = arms["to nearest"]
+            gaps = [difference(runs, base, key) if runs is not base else "" for key in ("rounded", "tuned")]
+            cells = [scheme, arm, f"{mean['rounded']:.4f}", gaps[0], f"{mean['seconds']:.1f}"]
             cells += [f"{mean['tuned']:.4f}", gaps[1]]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -135,6 +152,7 @@ def main() -> None:
     parser.add_argument(
         "--cache", type=Path, default=HERE.parents[1] / "build" / "ptq", help="what is measured already"
     )
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     sizes = {"seeds": 3, "samples": 128, "steps": 60, "iterations": 300, "pretrain": 520, "hidden": 192}
     sizes |= {"layers": 4, "vocab": 320, "tokens": 128, "batch": 16, "threads": os.cpu_count() or 1}
     for name, value in sizes.items():
