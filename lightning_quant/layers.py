@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_quant.packed import CompactLinear, PackedLinear, recomputed
 from lightning_quant.quantizer import FakeQuantizer
+from lightning_quant.rounded_product import rounded_product
 
 
 class Fold(Protocol):
@@ -105,6 +106,8 @@ class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]
         """As the float layer; where it recomputes, backward makes the rounded weight once more."""
         if self.folds or not self.recomputes:
             return super().forward(input)
+        if (y := rounded_product(self, input)) is not None:
+            return self.quant_output(y)
         own: tuple[Any, ...] = (self.weight, *self.weight_quant.parameters())
         trained = [p for p in own if p.requires_grad]
         return self.quant_output(recomputed(self, self.quant_input(input), trained))

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from lightning_quant import reuse
 from lightning_quant.distributed import to_local, whole
 from lightning_quant.errors import explain
-from lightning_quant.estimators import Bins, CompiledFakeQuantize, Estimator, FakeQuantize, locate, overrides
+from lightning_quant.estimators import (
+    Bins,
+    CompiledFakeQuantize,
+    Deferred,
+    Estimator,
+    FakeQuantize,
+    Settings,
+    locate,
+    overrides,
+)
 from lightning_quant.granularity import Granularity
 from lightning_quant.grid import Grid, reader_scale
 from lightning_quant.metrics import measure
@@ -98,6 +107,8 @@ class FakeQuantizer(nn.Module):
         if self.table is not None:
             self.table = self.table.to(device)
         self.stateless = not self.is_weight and self._is_identity_backward()
+        in_place = granularity.axis in (None, 0) and not granularity.stacked and granularity.kind != "pixel"
+        self.simple = in_place and not overrides(estimator, "transform")
         if not spec.dynamic:
             self.range.state(self)
             if not self.is_weight:
@@ -183,11 +194,10 @@ class FakeQuantizer(nn.Module):
             self.observe(mapped)
         view, scale, zero, offset = self.blocks(mapped)
         inputs = self.estimator.inputs(self, view, scale)
-        factor = 1.0 if self.spec.dynamic else self.range.factor(self, mapped)
-        interior = self.spec.dynamic or self.range.interior
-        settings = (self.table, self.grid, self.clips, factor, interior, self.training, self.estimator)
+        factor = self._factor(mapped)
+        constants = (self.table, self.grid, self.clips, factor, self._interior, self.training, self.estimator)
         function = CompiledFakeQuantize if self.compiled and not torch.compiler.is_compiling() else FakeQuantize
-        y: Tensor = function.apply(view, scale, zero, *settings, *inputs)  # type: ignore[no-untyped-call]
+        y: Tensor = function.apply(view, scale, zero, *constants, *inputs)  # type: ignore[no-untyped-call]
         if self.measuring:
             self._measure(view.detach(), scale.detach(), zero, y.detach(), mapped.detach())
         if offset is not None:
@@ -196,6 +206,31 @@ class FakeQuantizer(nn.Module):
         if sharing:
             reuse.remember(x, kind, y)
         return y
+
+    def deferred(self, x: Tensor) -> tuple[Deferred, tuple[Tensor | None, ...]] | None:
+        """What rounds ``x`` inside another operation, with its tensors, and counts as a call of this module.
+
+        None where there is more to a call than arithmetic on blocks: anything is noted or measured, or ``x`` is
+        mapped or moved before it is rounded.
+        """
+        if not (self.simple and self.enabled) or self.observing or self.measuring or (self.delayed and self.training):
+            return None
+        view, scale, zero, offset = self.blocks(x)
+        if offset is not None:
+            return None
+        self.called = True
+        inputs = self.estimator.inputs(self, view, scale)
+        settings = Settings(self.grid, self.clips, self._interior, self.training, self.estimator)
+        number, own = (0.0, zero) if isinstance(zero, Tensor) else (zero, None)
+        way = Deferred(settings, view.shape, number, self._factor(x), self.compiled, len(inputs))
+        return way, (scale, own, self.table, *inputs)
+
+    def _factor(self, x: Tensor) -> float:
+        return 1.0 if self.spec.dynamic else self.range.factor(self, x)
+
+    @property
+    def _interior(self) -> bool:
+        return self.spec.dynamic or self.range.interior
 
     def blocks(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | float, Tensor | None]:
         """``x`` viewed as blocks, less the offset, and the scale, zero point and offset that broadcast to it."""

@@ -24,7 +24,7 @@ LAYERS = (
     ("grid",),
     ("estimators", "observers", "ranges"),
     ("resolve", "settings", "metrics", "quantizer"),
-    ("norms", "operators", "packed", "bypass", "kv_cache"),
+    ("norms", "operators", "packed", "rounded_product", "bypass", "kv_cache"),
     ("layers", "transformers_layers", "experts", "lora", "bnb"),
     ("bn_ranges", "plan", "fast_path"),
     ("attach",),

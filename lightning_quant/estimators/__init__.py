@@ -11,6 +11,7 @@ from lightning_quant.estimators.base import (
     Estimator,
     FakeQuantize,
     Gradient,
+    Settings,
     demand,
     locate,
     option_names,
@@ -21,6 +22,7 @@ from lightning_quant.estimators.bireal import BiReal
 from lightning_quant.estimators.clip_q import ClipQ
 from lightning_quant.estimators.compiled import CompiledFakeQuantize
 from lightning_quant.estimators.dampen import Dampen
+from lightning_quant.estimators.deferred import Deferred
 from lightning_quant.estimators.dorefa import Dorefa
 from lightning_quant.estimators.dsq import Dsq
 from lightning_quant.estimators.ede import Ede
@@ -110,9 +112,11 @@ __all__ = [
     "About",
     "Bins",
     "CompiledFakeQuantize",
+    "Deferred",
     "Estimator",
     "FakeQuantize",
     "Gradient",
+    "Settings",
     "build_estimator",
     "demand",
     "locate",

@@ -25,20 +25,22 @@ class CompiledFakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:  # type: ignore[override]
         """See ``FakeQuantize.forward``."""
-        return begin(ctx, _quantized, x, *args)
+        return begin(ctx, quantized_compiled, x, *args)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         """See ``FakeQuantize.backward``."""
-        return finish(ctx, _gradients, grad)
+        return finish(ctx, gradients_compiled, grad)
 
 
-def _quantized(settings: Settings, x: Tensor, *rest: Any) -> Tensor:
+def quantized_compiled(settings: Settings, x: Tensor, *rest: Any) -> Tensor:
+    """``quantized`` in one pass."""
     y: Tensor = _kernel(quantized, settings, x, rest)(*_detached(x, *rest))
     return y
 
 
-def _gradients(settings: Settings, learns: bool, grad: Tensor, x: Tensor, *rest: Any) -> Gradients:
+def gradients_compiled(settings: Settings, learns: bool, grad: Tensor, x: Tensor, *rest: Any) -> Gradients:
+    """``gradients`` in one pass."""
     found: Gradients = _kernel(gradients, settings, x, rest, learns)(*_detached(grad, x, *rest))
     return found
 

@@ -1,0 +1,67 @@
+"""A quantization that another operation makes in passing, forward and once more in backward."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_quant.estimators import compiled
+from lightning_quant.estimators.base import FakeQuantize, Settings, gradients, quantized
+
+Tensors = tuple[Tensor | None, ...]
+
+
+class Deferred(NamedTuple):
+    """``FakeQuantize`` without its tensors, which autograd wants to see one by one.
+
+    They are, in this order, the scale, the zero point (None if it is one number), the codebook (or None) and those
+    of the estimator.
+
+    Attributes:
+        settings: See ``FakeQuantize``.
+        shape: Of the input, viewed as blocks.
+        zero: The zero point, if it is one number.
+        factor: What the scale's gradient is multiplied with.
+        compiled: Through the compiler.
+        inputs: How many tensors the estimator has.
+    """
+
+    settings: Settings
+    shape: torch.Size
+    zero: float
+    factor: float
+    compiled: bool
+    inputs: int
+
+    @property
+    def size(self) -> int:
+        """How many tensors there are."""
+        return 3 + self.inputs
+
+    def quantized(self, x: Tensor, tensors: Tensors) -> Tensor:
+        """``x`` on its grid; a graph is kept if gradients are enabled."""
+        scale, zero, *rest = tensors
+        zero_point = self.zero if zero is None else zero
+        blocks = x.reshape(self.shape)
+        if torch.is_grad_enabled():
+            table, *inputs = rest
+            grid, clips, interior, training, rule = self.settings
+            constants = (table, grid, clips, self.factor, interior, training, rule)
+            y = FakeQuantize.apply(blocks, scale, zero_point, *constants, *inputs)  # type: ignore[no-untyped-call]
+        else:
+            body = compiled.quantized_compiled if self.compiled else quantized
+            y = body(self.settings, blocks, scale, zero_point, *rest)  # type: ignore[arg-type]
+        return y.reshape(x.shape)  # type: ignore[no-any-return]
+
+    def gradients(self, grad: Tensor, x: Tensor, tensors: Tensors, learns: bool) -> tuple[Tensor, Tensors]:
+        """Gradients of ``x`` and of the tensors, given that of the quantized ``x``; ``learns``: the scale has one."""
+        if not (self.settings.clips or self.settings.rule.needs_bins or learns):
+            return grad, (None,) * len(tensors)
+        scale, zero, *rest = tensors
+        body = compiled.gradients_compiled if self.compiled and not torch.is_grad_enabled() else gradients
+        blocks = grad.reshape(self.shape), x.reshape(self.shape)
+        found = body(self.settings, learns, *blocks, scale, self.zero if zero is None else zero, *rest)  # type: ignore[arg-type]
+        moved = None if found.scale is None else found.scale.mul_(self.factor).to(scale.dtype)  # type: ignore[union-attr]
+        return found.x.reshape(x.shape), (moved, None, None, *found.state)

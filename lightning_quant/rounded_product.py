@@ -1,0 +1,103 @@
+"""A Linear layer's product that rounds its operands in passing, and once more in backward.
+
+Of all that quantization makes, nothing is kept for backward: saved are the float input and the float weight, as the
+float layer saves them.  It is one operation for autograd, so a layer costs its product and the quantizers' arithmetic.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from lightning_quant import zero
+from lightning_quant.estimators import Deferred
+
+PLAIN = (Tensor, torch.nn.Parameter)  # no sharded ones, whose blocks lie elsewhere
+FIRST = 5  # of the tensors among the arguments
+
+
+def rounded_product(layer: Any, x: Tensor) -> Tensor | None:
+    """The output of a Linear layer with quantizers, or None where rounding is more than arithmetic on blocks.
+
+    Args:
+        layer: Has ``weight`` (out, in), ``bias``, ``weight_quant`` and ``input_quant``.
+        x: Its input, (..., in).
+
+    Returns:
+        (..., out).
+    """
+    weight, of_input = layer.weight, layer.input_quant
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return None
+    if type(x) not in PLAIN or type(weight) not in PLAIN or zero.is_partitioned(weight):
+        return None
+    own = layer.weight_quant.deferred(weight)
+    if own is None:
+        return None
+    inner = None
+    if of_input is not None:
+        inner = None if of_input.stateless else of_input.deferred(x)
+        if inner is None:  # among others what layers with the same input share
+            x = of_input(x)
+    (way, tensors), (inner_way, inner_tensors) = own, inner or (None, ())
+    arguments = (x, weight, layer.bias, way, inner_way, *tensors, *inner_tensors)
+    return _RoundedProduct.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _RoundedProduct(torch.autograd.Function):
+    """``F.linear`` of rounded operands."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        way: Deferred,
+        inner: Deferred | None,
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        """The product.
+
+        Args:
+            ctx: Autograd's.
+            x: Input, (..., in).
+            weight: (out, in).
+            bias: (out,) or None.
+            way: How the weight is rounded.
+            inner: How the input is, if it is here.
+            tensors: Those of the weight's rounding, then those of the input's.
+        """
+        n = way.size
+        ctx.save_for_backward(x, weight, *tensors)
+        ctx.way, ctx.inner, ctx.bias = way, inner, None if bias is None else bias.dtype
+        rounded = x if inner is None else inner.quantized(x, tensors[n:])
+        y = F.linear(rounded, way.quantized(weight, tensors[:n]), bias)
+        return torch.ops.aten._unsafe_view(y, y.shape)  # type: ignore[no-any-return] # what comes next may work in place
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        """Gradients of the input, the weight, the bias and of what their rounding learns."""
+        x, weight, *tensors = ctx.saved_tensors
+        way, inner, wanted = ctx.way, ctx.inner, ctx.needs_input_grad
+        n = way.size
+        own, inputs = tuple(tensors[:n]), tuple(tensors[n:])
+        grad_x = grad_w = grad_bias = None
+        found: tuple[Tensor | None, ...] = (None,) * len(own)
+        inner_found: tuple[Tensor | None, ...] = (None,) * len(inputs)
+        if wanted[0] or any(wanted[FIRST + n :]):
+            grad_x = (grad @ way.quantized(weight, own).to(grad.dtype)).to(x.dtype)
+            if inner is not None:
+                grad_x, inner_found = inner.gradients(grad_x, x, inputs, wanted[FIRST + n])
+        flat = grad.flatten(0, -2)
+        if wanted[2]:
+            grad_bias = flat.sum(0).to(ctx.bias)
+        if wanted[1] or any(wanted[FIRST : FIRST + n]):
+            rounded = x if inner is None else inner.quantized(x, inputs)
+            grad_w = (flat.T @ rounded.flatten(0, -2).to(grad.dtype)).to(weight.dtype)
+            del rounded
+            grad_w, found = way.gradients(grad_w, weight, own, wanted[FIRST])
+        return (grad_x, grad_w, grad_bias, None, None, *found, *inner_found)
