@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_quant import QuantConfig, attach
+from lightning_quant import QuantConfig, attach, calibrate
 
 
 def network(recompute, method="ste", scheme="w4a16-g32"):
@@ -17,7 +17,7 @@ def network(recompute, method="ste", scheme="w4a16-g32"):
 
 
 @pytest.mark.parametrize("method", ["ste", "lsq", "pege", "stochastic", "freeze"])
-@pytest.mark.parametrize("scheme", ["w4a16-g32", "w3a8-g32"])
+@pytest.mark.parametrize("scheme", ["w4a16-g32", "w3a8-g32", "w8a8-static"])
 def test_the_same_bits(method, scheme):
     pair = [network(r, method, scheme) for r in (False, True)]
     x = torch.randn(4, 7, 64)
@@ -71,6 +71,19 @@ def test_no_rounded_weight_is_kept():
             model(torch.randn(3, 64))
         rounded = [t for t in kept if t.numel() in sizes and t.data_ptr() not in own]
         assert bool(rounded) != recompute
+
+
+@pytest.mark.parametrize(("method", "scheme"), [("ste", "w8a8-static"), ("lsq", "w8a8-static"), ("pege", "w8a8")])
+def test_one_input_is_kept(method, scheme):
+    """The float one: its rounded self is made once more."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32))
+    attach(model, QuantConfig.parse(method, scheme, head=True))
+    calibrate(model, [torch.randn(48, 64)])
+    x, kept = torch.randn(48, 64, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        model(x)
+    assert [t.data_ptr() for t in kept if t.numel() == x.numel()] == [x.data_ptr()]
 
 
 def test_what_is_measured_is_measured_once():

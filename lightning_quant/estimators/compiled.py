@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,37 +34,30 @@ class CompiledFakeQuantize(torch.autograd.Function):
         return finish(ctx, gradients_compiled, grad)
 
 
-def quantized_compiled(settings: Settings, x: Tensor, *rest: Any) -> Tensor:
-    """``quantized`` in one pass."""
-    y: Tensor = _kernel(quantized, settings, x, rest)(*_detached(x, *rest))
-    return y
-
-
-def gradients_compiled(settings: Settings, learns: bool, grad: Tensor, x: Tensor, *rest: Any) -> Gradients:
-    """``gradients`` in one pass."""
-    found: Gradients = _kernel(gradients, settings, x, rest, learns)(*_detached(grad, x, *rest))
-    return found
-
-
-def _detached(*values: Any) -> list[Any]:
-    """Tensors without history, which the compiler would look at."""
-    return [v.detach() if isinstance(v, Tensor) else v for v in values]
-
-
-def _kernel(body: Callable[..., Any], settings: Settings, x: Tensor, rest: tuple[Any, ...], *more: Any) -> Any:
-    """The compiled body.
+def one_pass(body: Callable[..., Any], settings: Settings, *given: Any) -> Any:
+    """``body(settings, *given)``, compiled.
 
     What differs in more than sizes gets a compiled function of its own, since the compiler keeps a short list per
     function and gives up beyond it.
+
+    Args:
+        body: Arithmetic on tensors.
+        settings: Constants.
+        given: Tensors, and further constants.
     """
     rule = settings.rule  # methods' options may not be hashable; the entry keeps the object, so its id stays its own
-    shapes = tuple((t.ndim, t.dtype) if isinstance(t, Tensor) else t for t in rest)
-    key = (body, more, settings[:-1], id(rule), x.ndim, x.shape[-1:], x.dtype, x.device, shapes)
+    kinds = tuple((t.ndim, t.shape[-1:], t.dtype, t.device) if isinstance(t, Tensor) else t for t in given)
+    key = (body, settings[:-1], id(rule), kinds)
     if key not in _kernels:
 
-        def fixed(*tensors: Any) -> Any:
-            return body(settings, *more, *tensors)
+        def fixed(*given: Any) -> Any:
+            return body(settings, *given)
 
         twin = types.FunctionType(fixed.__code__.replace(), fixed.__globals__, body.__name__, None, fixed.__closure__)
         _kernels[key] = settings, torch.compile(twin)
-    return _kernels[key][1]
+    # The compiler would look at a tensor's history.
+    return _kernels[key][1](*(t.detach() if isinstance(t, Tensor) else t for t in given))
+
+
+quantized_compiled: Callable[..., Tensor] = partial(one_pass, quantized)
+gradients_compiled: Callable[..., Gradients] = partial(one_pass, gradients)

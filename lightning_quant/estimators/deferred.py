@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_quant.estimators import compiled
 from lightning_quant.estimators.base import FakeQuantize, Settings, gradients, quantized
+from lightning_quant.estimators.compiled import gradients_compiled, quantized_compiled
 
 Tensors = tuple[Tensor | None, ...]
 
@@ -51,7 +51,7 @@ class Deferred(NamedTuple):
             constants = (table, grid, clips, self.factor, interior, training, rule)
             y = FakeQuantize.apply(blocks, scale, zero_point, *constants, *inputs)  # type: ignore[no-untyped-call]
         else:
-            body = compiled.quantized_compiled if self.compiled else quantized
+            body = quantized_compiled if self.compiled else quantized
             y = body(self.settings, blocks, scale, zero_point, *rest)  # type: ignore[arg-type]
         return y.reshape(x.shape)  # type: ignore[no-any-return]
 
@@ -60,7 +60,7 @@ class Deferred(NamedTuple):
         if not (self.settings.clips or self.settings.rule.needs_bins or learns):
             return grad, (None,) * len(tensors)
         scale, zero, *rest = tensors
-        body = compiled.gradients_compiled if self.compiled and not torch.is_grad_enabled() else gradients
+        body = gradients_compiled if self.compiled and not torch.is_grad_enabled() else gradients
         blocks = grad.reshape(self.shape), x.reshape(self.shape)
         found = body(self.settings, learns, *blocks, scale, self.zero if zero is None else zero, *rest)  # type: ignore[arg-type]
         moved = None if found.scale is None else found.scale.mul_(self.factor).to(scale.dtype)  # type: ignore[union-attr]

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lightning_quant.errors import explain, unknown
-from lightning_quant.estimators.base import About, Bins, Estimator, Gradient
-from lightning_quant.noise import uniform
+from lightning_quant.estimators.base import About, Bins, Estimator, Gradient, Settings, locate
+from lightning_quant.estimators.compiled import one_pass
+from lightning_quant.noise import seed, uniform
 from lightning_quant.schedule import Schedule, as_schedule
 
 if TYPE_CHECKING:
@@ -233,15 +235,12 @@ class Pege(Estimator):
             return
         with torch.no_grad():
             view, scale, zero, _ = quantizer.blocks(self.transform(quantizer, weight.detach()))
-            g = quantizer.granularity.view(weight.grad).reshape(view.shape).float()
-            inputs = b, sharpness, _ = self.inputs(quantizer, view, scale)
-            bins = quantizer.bins(view, scale, zero, inputs)
-            surrogate = _Surrogate.at(bins, b, sharpness)
-            grad = (g / surrogate.slope.clamp(min=1e-3)).mul_(surrogate.gap).mul_(bins.scale).nan_to_num_(0.0, 0.0, 0.0)
-            rms = grad.square().mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
-            moved = b - grad.mul_(self.uint8_lr * 255 / rms)
-            noise = uniform(moved.shape, quantizer.step, quantizer.salt)
-            q = (moved + noise).floor_().clamp_(0, 255).to(torch.uint8)
+            g = quantizer.granularity.view(weight.grad).reshape(view.shape)
+            inputs = self.inputs(quantizer, view, scale)
+            settings = Settings(quantizer.grid, quantizer.clips, True, quantizer.training, self)
+            drawn = seed(quantizer.step, quantizer.salt)
+            body = partial(one_pass, stepped) if quantizer.compiled else stepped
+            q = body(settings, g, view, scale, zero, quantizer.table, drawn, *inputs)
             flat = quantizer.granularity.view(quantizer.theta)
             quantizer.theta.copy_(quantizer.granularity.unview(q.reshape(flat.shape), quantizer.theta.shape))
 
@@ -250,6 +249,41 @@ class Pege(Estimator):
         theta, unit = quantizer.theta.detach(), 255 if quantizer.theta.dtype == torch.uint8 else 1
         out = {"theta": theta.float().mean() / unit, "theta_max": theta.amax().float() / unit}
         return {**out, "sharpness": quantizer.sharpness.detach().float().mean()} if self.learns_sharpness else out
+
+
+def stepped(
+    settings: Settings,
+    g: Tensor,
+    view: Tensor,
+    scale: Tensor,
+    zero: Tensor | float,
+    table: Tensor | None,
+    drawn: Tensor,
+    *inputs: Tensor,
+) -> Tensor:
+    """A uint8 Theta after its step: see ``Pege.before_optimizer_step``.
+
+    Args:
+        settings: Of the weight's quantizer.
+        g: The weight's gradient, in blocks.
+        view: The weight, in blocks.
+        scale: Scales, broadcastable.
+        zero: Zero points, or one number.
+        table: The codebook, or None.
+        drawn: What ``noise.seed`` gives.
+        inputs: As the rule reads them.
+    """
+    rule, (b, sharpness, _) = settings.rule, inputs
+    assert isinstance(rule, Pege)
+    u = torch.div(view.to(torch.promote_types(view.dtype, torch.float32)), scale)
+    if isinstance(zero, Tensor) or zero:
+        u = u.add_(zero)
+    bins = locate(u, scale, table, settings.grid, rule, inputs, settings.training)
+    surrogate = _Surrogate.at(bins, b, sharpness)
+    grad = (g.float() / surrogate.slope.clamp(min=1e-3)).mul_(surrogate.gap).mul_(bins.scale).nan_to_num_(0.0, 0.0, 0.0)
+    rms = grad.square().mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+    moved = b - grad.mul_(rule.uint8_lr * 255 / rms)
+    return (moved + uniform(moved.shape, drawn)).floor_().clamp_(0, 255).to(torch.uint8)
 
 
 @dataclass(frozen=True)
