@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_quant import zero
 from lightning_quant.estimators import Deferred
+from lightning_quant.scratch import scratch
 
 PLAIN = (Tensor, torch.nn.Parameter)  # no sharded ones, whose blocks lie elsewhere
 FIRST = 5  # of the tensors among the arguments
@@ -75,7 +76,7 @@ class _RoundedProduct(torch.autograd.Function):
         ctx.save_for_backward(x, weight, *tensors)
         ctx.way, ctx.inner, ctx.bias = way, inner, None if bias is None else bias.dtype
         rounded = x if inner is None else inner.quantized(x, tensors[n:])
-        y = F.linear(rounded, way.quantized(weight, tensors[:n]), bias)
+        y = F.linear(rounded, way.quantized(weight, tensors[:n], scratch(weight)), bias)
         return torch.ops.aten._unsafe_view(y, y.shape)  # type: ignore[no-any-return] # what comes next may work in place
 
     @staticmethod
@@ -89,7 +90,7 @@ class _RoundedProduct(torch.autograd.Function):
         found: tuple[Tensor | None, ...] = (None,) * len(own)
         inner_found: tuple[Tensor | None, ...] = (None,) * len(inputs)
         if wanted[0] or any(wanted[FIRST + n :]):
-            grad_x = (grad @ way.quantized(weight, own).to(grad.dtype)).to(x.dtype)
+            grad_x = (grad @ way.quantized(weight, own, scratch(weight)).to(grad.dtype)).to(x.dtype)
             if inner is not None:
                 grad_x, inner_found = inner.gradients(grad_x, x, inputs, wanted[FIRST + n])
         flat = grad.flatten(0, -2)
@@ -99,5 +100,5 @@ class _RoundedProduct(torch.autograd.Function):
             rounded = x if inner is None else inner.quantized(x, inputs)
             grad_w = (flat.T @ rounded.flatten(0, -2).to(grad.dtype)).to(weight.dtype)
             del rounded
-            grad_w, found = way.gradients(grad_w, weight, own, wanted[FIRST])
+            grad_w, found = way.gradients(grad_w, weight, own, wanted[FIRST], scratch(weight))
         return (grad_x, grad_w, grad_bias, None, None, *found, *inner_found)

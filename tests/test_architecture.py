@@ -17,12 +17,12 @@ PACKAGES = ("lightning_quant", "hf_integration")
 # Lower layers first; a module may import its own layer and the ones before it.  What is not listed is at the edge:
 # it may import everything here, and nothing here may import it.
 LAYERS = (
-    ("errors", "version", "schedule", "distributed", "noise", "progress", "reuse", "report"),
+    ("errors", "version", "schedule", "distributed", "noise", "progress", "reuse", "scratch", "report"),
     ("graph", "adapters", "targets", "zero", "presets"),
     ("scheme", "spec"),
     ("granularity", "codebooks", "scales", "integer"),
     ("grid",),
-    ("estimators", "observers", "ranges"),
+    ("estimators", "observers", "ranges", "triton_kernels"),
     ("resolve", "settings", "metrics", "quantizer"),
     ("norms", "operators", "packed", "rounded_product", "bypass", "kv_cache"),
     ("layers", "transformers_layers", "experts", "lora", "bnb"),

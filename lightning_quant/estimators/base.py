@@ -341,13 +341,19 @@ class Gradients(NamedTuple):
 
 
 def quantized(
-    settings: Settings, x: Tensor, scale: Tensor, zero: Tensor | float, table: Tensor | None, *inputs: Tensor
+    settings: Settings,
+    x: Tensor,
+    scale: Tensor,
+    zero: Tensor | float,
+    table: Tensor | None,
+    *inputs: Tensor,
+    spare: Tensor | None = None,
 ) -> Tensor:
-    """The forward's arithmetic."""
+    """The forward's arithmetic; ``spare``: memory of the shape and dtype of ``x`` that it may use and return."""
     grid, _, _, training, rule = settings
     y: Tensor
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    u = torch.div(wide, scale)
+    u = torch.div(wide, scale, out=spare if wide is x else None)
     offset = isinstance(zero, Tensor) or zero != 0
     if offset:
         u = u.add_(zero)
@@ -372,16 +378,22 @@ def gradients(
     zero: Tensor | float,
     table: Tensor | None,
     *inputs: Tensor,
+    spare: Tensor | None = None,
 ) -> Gradients:
-    """The backward's arithmetic; ``learns``: the scale wants a gradient."""
+    """The backward's arithmetic.
+
+    ``learns``: the scale wants a gradient.  ``spare``: memory of the shape and dtype of ``x`` that may be used; with
+    it ``grad`` may be overwritten too.
+    """
     grid, clips, interior, training, rule = settings
     offset = isinstance(zero, Tensor) or zero != 0
     wide = torch.promote_types(x.dtype, torch.float32)
     g = grad.to(wide)
-    u = torch.div(x.to(wide), scale)
+    u = torch.div(x.to(wide), scale, out=spare if x.dtype is wide else None)
     if offset:
         u = u.add_(zero)
-    kept = inside(g, u, *grid.span(rule.edges(grid))) if clips else g
+    into = None if spare is None or learns else g  # the scale's gradient is that of clipped values as well
+    kept = inside(g, u, *grid.span(rule.edges(grid)), into) if clips else g
     bins = None
     if learns or rule.needs_bins:
         bins = locate(u, scale, table, grid, rule, inputs, training)
@@ -417,8 +429,10 @@ def locate(
     return Bins(clamped, code, grid.low, grid.high, scale, u)
 
 
-def inside(g: Tensor, u: Tensor, low: float, high: float) -> Tensor:
+def inside(g: Tensor, u: Tensor, low: float, high: float, into: Tensor | None = None) -> Tensor:
     """``g`` where low <= u <= high, else 0: one pass of the hard tanh's derivative, whose ends are open."""
     eps, tiny = torch.finfo(u.dtype).eps, torch.finfo(u.dtype).tiny
     below, above = -beyond(-low, eps, tiny), beyond(high, eps, tiny)
+    if into is not None:
+        return torch.ops.aten.hardtanh_backward(g, u, below, above, grad_input=into)  # type: ignore[no-any-return]
     return torch.ops.aten.hardtanh_backward(g, u, below, above)  # type: ignore[no-any-return]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,8 +40,8 @@ class Deferred(NamedTuple):
         """How many tensors there are."""
         return 3 + self.inputs
 
-    def quantized(self, x: Tensor, tensors: Tensors) -> Tensor:
-        """``x`` on its grid; a graph is kept if gradients are enabled."""
+    def quantized(self, x: Tensor, tensors: Tensors, spare: Tensor | None = None) -> Tensor:
+        """``x`` on its grid; a graph is kept if gradients are enabled.  ``spare``: see ``base.quantized``."""
         scale, zero, *rest = tensors
         zero_point = self.zero if zero is None else zero
         blocks = x.reshape(self.shape)
@@ -50,18 +50,27 @@ class Deferred(NamedTuple):
             grid, clips, interior, training, rule = self.settings
             constants = (table, grid, clips, self.factor, interior, training, rule)
             y = FakeQuantize.apply(blocks, scale, zero_point, *constants, *inputs)  # type: ignore[no-untyped-call]
+        elif self.compiled:
+            y = quantized_compiled(self.settings, blocks, scale, zero_point, *rest)
         else:
-            body = quantized_compiled if self.compiled else quantized
-            y = body(self.settings, blocks, scale, zero_point, *rest)  # type: ignore[arg-type]
+            given = None if spare is None else spare.view(self.shape)
+            y = quantized(self.settings, blocks, scale, zero_point, *rest, spare=given)  # type: ignore[arg-type]
         return y.reshape(x.shape)  # type: ignore[no-any-return]
 
-    def gradients(self, grad: Tensor, x: Tensor, tensors: Tensors, learns: bool) -> tuple[Tensor, Tensors]:
-        """Gradients of ``x`` and of the tensors, given that of the quantized ``x``; ``learns``: the scale has one."""
+    def gradients(
+        self, grad: Tensor, x: Tensor, tensors: Tensors, learns: bool, spare: Tensor | None = None
+    ) -> tuple[Tensor, Tensors]:
+        """Gradients of ``x`` and of the tensors, given that of the quantized ``x``: see ``base.gradients``."""
         if not (self.settings.clips or self.settings.rule.needs_bins or learns):
             return grad, (None,) * len(tensors)
         scale, zero, *rest = tensors
-        body = gradients_compiled if self.compiled and not torch.is_grad_enabled() else gradients
         blocks = grad.reshape(self.shape), x.reshape(self.shape)
-        found = body(self.settings, learns, *blocks, scale, self.zero if zero is None else zero, *rest)  # type: ignore[arg-type]
+        given: tuple[Any, ...] = (self.settings, learns, *blocks, scale, self.zero if zero is None else zero, *rest)
+        if torch.is_grad_enabled():
+            found = gradients(*given)
+        elif self.compiled:
+            found = gradients_compiled(*given)
+        else:
+            found = gradients(*given, spare=None if spare is None else spare.view(self.shape))
         moved = None if found.scale is None else found.scale.mul_(self.factor).to(scale.dtype)  # type: ignore[union-attr]
         return found.x.reshape(x.shape), (moved, None, None, *found.state)
