@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-runtimes lint bench-overhead bench-logging bench-distill bench-qlora bench-runtime bench-roofline bench-export bench-ptq bench-ptq-1b report-browser clean
+.PHONY: setup demo test test-runtimes lint bench-overhead bench-ablation bench-scaling bench-logging bench-distill bench-qlora bench-runtime bench-roofline bench-gpu-kernels bench-export bench-ptq bench-ptq-1b report-browser bench-accuracy clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -56,8 +56,16 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+OVERHEAD_MODELS ?= llama llama-1b vit-b resnet-50
 bench-overhead: $(READY)
-	$(BIN)/python examples/benchmarks/overhead.py --peers-venv
+	for model in $(OVERHEAD_MODELS); do \
+		$(BIN)/python examples/benchmarks/overhead.py --peers-venv --model $$model || exit 1; done
+
+bench-ablation: $(READY)
+	$(BIN)/python examples/benchmarks/overhead.py --ablate
+
+bench-scaling: $(READY)
+	$(BIN)/python examples/benchmarks/overhead_scaling.py
 
 bench-logging: $(READY)
 	$(BIN)/python examples/benchmarks/logging_cost.py
@@ -74,11 +82,19 @@ bench-runtime: $(READY)
 bench-roofline: $(READY)
 	$(BIN)/python examples/benchmarks/roofline_check.py --threads 1
 
+# On a machine with a CUDA device
+bench-gpu-kernels: $(READY)
+	$(BIN)/python examples/benchmarks/gpu_kernels.py
+
 bench-export: $(READY)
 	$(BIN)/python examples/benchmarks/export_7b.py
 
 bench-ptq: $(READY)
 	$(BIN)/python examples/benchmarks/ptq.py
+
+# Hours; it goes on where it stopped.  DATA=DIR holds the tasks' files; QUICK=1: a quarter of an hour, no files
+bench-accuracy: $(READY)
+	$(BIN)/python examples/benchmarks/accuracy.py $(if $(QUICK),--quick) $(if $(DATA),--data $(DATA))
 
 # 8 GB of disk and half an hour
 bench-ptq-1b: $(READY)

@@ -86,19 +86,25 @@ class _RoundedProduct(torch.autograd.Function):
         way, inner, wanted = ctx.way, ctx.inner, ctx.needs_input_grad
         n = way.size
         own, inputs = tuple(tensors[:n]), tuple(tensors[n:])
-        grad_x = grad_w = grad_bias = None
-        found: tuple[Tensor | None, ...] = (None,) * len(own)
+        of_input, of_weight = wanted[0] or any(wanted[FIRST + n :]), wanted[1] or any(wanted[FIRST : FIRST + n])
+        grad_x = grad_w = grad_bias = y = None
+        found: tuple[Tensor | None, ...] = (None,) * n
         inner_found: tuple[Tensor | None, ...] = (None,) * len(inputs)
-        if wanted[0] or any(wanted[FIRST + n :]):
-            grad_x = (grad @ way.quantized(weight, own, scratch(weight)).to(grad.dtype)).to(x.dtype)
-            if inner is not None:
-                grad_x, inner_found = inner.gradients(grad_x, x, inputs, wanted[FIRST + n])
         flat = grad.flatten(0, -2)
-        if wanted[2]:
-            grad_bias = flat.sum(0).to(ctx.bias)
-        if wanted[1] or any(wanted[FIRST : FIRST + n]):
+        if of_weight:
             rounded = x if inner is None else inner.quantized(x, inputs)
             grad_w = (flat.T @ rounded.flatten(0, -2).to(grad.dtype)).to(weight.dtype)
             del rounded
-            grad_w, found = way.gradients(grad_w, weight, own, wanted[FIRST], scratch(weight))
+            if of_input and not torch.is_grad_enabled():
+                memory = scratch(weight)
+                grad_w, found, y = way.gradients_and_quantized(grad_w, weight, own, wanted[FIRST], memory)
+            else:
+                grad_w, found = way.gradients(grad_w, weight, own, wanted[FIRST])
+        if of_input:
+            y = way.quantized(weight, own, scratch(weight)) if y is None else y
+            grad_x = (grad @ y.to(grad.dtype)).to(x.dtype)
+            if inner is not None:
+                grad_x, inner_found = inner.gradients(grad_x, x, inputs, wanted[FIRST + n])
+        if wanted[2]:
+            grad_bias = flat.sum(0).to(ctx.bias)
         return (grad_x, grad_w, grad_bias, None, None, *found, *inner_found)

@@ -162,7 +162,8 @@ class QuantConfig:
             ``"data_free"``, ``"light"`` or ``"advanced"``, in whose place its steps are kept: see ``presets``.
         setup_batches: How many batches of training data ``setup`` looks at.
         compile: Run the quantizers' own arithmetic in compiled kernels, one pass over memory each way.  The first
-            steps compile, some seconds per kind of layer.  A model that is compiled as a whole needs it not.
+            steps compile, some seconds per kind of layer.  A model that is compiled as a whole needs it not.  On CUDA
+            they are Triton's where it is installed and they know the method: see ``estimators.kernels``.
         recompute: Linear layers round their weight once more in backward instead of keeping the rounded one, which
             saves a copy of all of them.
     """

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # which Triton reads when it is imported
 
 # run by runtimes in environments of their own
 collect_ignore = [f"integration/{name}_run.py" for name in ("llama_cpp", "openvino", "vllm")]

@@ -333,11 +333,12 @@ class Settings(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Of the input, the scale (before its factor and in float32) and the rule's tensors."""
+    """Of the input, the scale (before its factor and in float32) and the rule's tensors; and the rounded input."""
 
     x: Tensor
     scale: Tensor | None
     state: tuple[Tensor | None, ...]
+    y: Tensor | None = None
 
 
 def quantized(
@@ -350,23 +351,29 @@ def quantized(
     spare: Tensor | None = None,
 ) -> Tensor:
     """The forward's arithmetic; ``spare``: memory of the shape and dtype of ``x`` that it may use and return."""
-    grid, _, _, training, rule = settings
-    y: Tensor
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
     u = torch.div(wide, scale, out=spare if wide is x else None)
-    offset = isinstance(zero, Tensor) or zero != 0
-    if offset:
+    if isinstance(zero, Tensor) or zero != 0:
         u = u.add_(zero)
-    if table is not None:
-        y = grid.round(u, table)
-    else:
-        y = rule.decode(rule.assign(u, grid, inputs, training), inputs)
-    if offset:
+    return leveled(settings, u, wide, scale, zero, table, inputs).to(x.dtype)
+
+
+def leveled(
+    settings: Settings,
+    u: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero: Tensor | float,
+    table: Tensor | None,
+    inputs: tuple[Tensor, ...],
+) -> Tensor:
+    """The rounded value of ``x``, whose place is ``u``; works in place of ``u``."""
+    grid, _, _, training, rule = settings
+    y = grid.round(u, table) if table is not None else rule.decode(rule.assign(u, grid, inputs, training), inputs)
+    if isinstance(zero, Tensor) or zero != 0:
         y = y.sub_(zero)
     y = y.mul_(scale)
-    if training:
-        y = rule.blend(wide, y, inputs)
-    return y.to(x.dtype)
+    return rule.blend(x, y, inputs) if training else y
 
 
 def gradients(
@@ -379,17 +386,28 @@ def gradients(
     table: Tensor | None,
     *inputs: Tensor,
     spare: Tensor | None = None,
+    again: bool = False,
 ) -> Gradients:
     """The backward's arithmetic.
 
-    ``learns``: the scale wants a gradient.  ``spare``: memory of the shape and dtype of ``x`` that may be used; with
-    it ``grad`` may be overwritten too.
+    Args:
+        settings: What is constant.
+        learns: Whether the scale wants a gradient.
+        grad: Gradient of the rounded tensor.
+        x: The input, as ``view`` shaped it.
+        scale: Real scales, broadcastable.
+        zero: Zero points, or one number.
+        table: The codebook, or None.
+        inputs: The rule's tensors.
+        spare: Memory of the shape and dtype of ``x`` that may be used; with it ``grad`` may be overwritten too.
+        again: Whether to round ``x`` once more.
     """
     grid, clips, interior, training, rule = settings
     offset = isinstance(zero, Tensor) or zero != 0
     wide = torch.promote_types(x.dtype, torch.float32)
     g = grad.to(wide)
-    u = torch.div(x.to(wide), scale, out=spare if x.dtype is wide else None)
+    real = x.to(wide)
+    u = torch.div(real, scale, out=spare if x.dtype is wide else None)
     if offset:
         u = u.add_(zero)
     into = None if spare is None or learns else g  # the scale's gradient is that of clipped values as well
@@ -408,7 +426,8 @@ def gradients(
         code, real = (code - zero, u - zero) if offset else (code, u)
         terms = (g * code).addcmul_(out.task, real, value=-1)
         scale_grad = terms.sum_to_size(scale.shape)
-    return Gradients(out.x.to(grad.dtype), scale_grad, out.state)
+    y = leveled(settings, u, real, scale, zero, table, inputs).to(x.dtype) if again else None
+    return Gradients(out.x.to(grad.dtype), scale_grad, out.state, y)
 
 
 def locate(

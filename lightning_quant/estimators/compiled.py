@@ -1,8 +1,8 @@
 """The same arithmetic in one pass over memory each way: ``quantized`` and ``gradients`` through PyTorch's compiler.
 
 Every method's formulas are compiled as they stand, for processors and GPUs alike, so there is no second version of
-any.  A kernel is shared by all layers with the same settings; sizes may differ but for the innermost, which the
-granularity fixes.  On CPUs its forward has the bits of the uncompiled one.
+any but the ``kernels`` for CUDA.  A kernel is shared by all layers with the same settings; sizes may differ but for
+the innermost, which the granularity fixes.  On CPUs its forward has the bits of the uncompiled one.
 """
 
 from __future__ import annotations
@@ -59,5 +59,28 @@ def one_pass(body: Callable[..., Any], settings: Settings, *given: Any) -> Any:
     return _kernels[key][1](*(t.detach() if isinstance(t, Tensor) else t for t in given))
 
 
-quantized_compiled: Callable[..., Tensor] = partial(one_pass, quantized)
-gradients_compiled: Callable[..., Gradients] = partial(one_pass, gradients)
+def has_kernels(settings: Settings, x: Tensor, *rest: Any) -> bool:
+    """Whether Triton's kernels do this quantizer's work."""
+    return bool(kernels().fits(settings, x, *rest))
+
+
+def kernels() -> Any:
+    """The module of that name, which knows the methods, of which some import this file."""
+    from lightning_quant.estimators import kernels
+
+    return kernels
+
+
+def quantized_compiled(settings: Settings, x: Tensor, *rest: Any) -> Tensor:
+    """``quantized`` in one pass, by Triton's kernel where it fits."""
+    fits = has_kernels(settings, x, *rest)
+    y: Tensor = kernels().quantized(settings, x, *rest) if fits else one_pass(quantized, settings, x, *rest)
+    return y
+
+
+def gradients_compiled(settings: Settings, learns: bool, *given: Any) -> Gradients:
+    """``gradients`` in one pass, by Triton's kernel where it fits."""
+    fits = has_kernels(settings, *given[1:])
+    body = kernels().gradients if fits else partial(one_pass, gradients)
+    found: Gradients = body(settings, learns, *given)
+    return found

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_quant.estimators.base import FakeQuantize, Settings, gradients, quantized
-from lightning_quant.estimators.compiled import gradients_compiled, quantized_compiled
+from lightning_quant.estimators.compiled import gradients_compiled, has_kernels, one_pass, quantized_compiled
 
 Tensors = tuple[Tensor | None, ...]
 
@@ -40,37 +40,68 @@ class Deferred(NamedTuple):
         """How many tensors there are."""
         return 3 + self.inputs
 
+    @property
+    def is_straight(self) -> bool:
+        """Whether the gradient passes unchanged and nothing is learned, unless the scale is."""
+        return not (self.settings.clips or self.settings.rule.needs_bins)
+
     def quantized(self, x: Tensor, tensors: Tensors, spare: Tensor | None = None) -> Tensor:
         """``x`` on its grid; a graph is kept if gradients are enabled.  ``spare``: see ``base.quantized``."""
-        scale, zero, *rest = tensors
-        zero_point = self.zero if zero is None else zero
-        blocks = x.reshape(self.shape)
+        blocks, scale, zero, table, *inputs = self._given(x, tensors)
         if torch.is_grad_enabled():
-            table, *inputs = rest
             grid, clips, interior, training, rule = self.settings
             constants = (table, grid, clips, self.factor, interior, training, rule)
-            y = FakeQuantize.apply(blocks, scale, zero_point, *constants, *inputs)  # type: ignore[no-untyped-call]
+            y = FakeQuantize.apply(blocks, scale, zero, *constants, *inputs)  # type: ignore[no-untyped-call]
         elif self.compiled:
-            y = quantized_compiled(self.settings, blocks, scale, zero_point, *rest)
+            y = quantized_compiled(self.settings, blocks, scale, zero, table, *inputs)
         else:
-            given = None if spare is None else spare.view(self.shape)
-            y = quantized(self.settings, blocks, scale, zero_point, *rest, spare=given)  # type: ignore[arg-type]
+            y = quantized(self.settings, blocks, scale, zero, table, *inputs, spare=self._blocks(spare))
         return y.reshape(x.shape)  # type: ignore[no-any-return]
 
-    def gradients(
-        self, grad: Tensor, x: Tensor, tensors: Tensors, learns: bool, spare: Tensor | None = None
-    ) -> tuple[Tensor, Tensors]:
+    def gradients(self, grad: Tensor, x: Tensor, tensors: Tensors, learns: bool) -> tuple[Tensor, Tensors]:
         """Gradients of ``x`` and of the tensors, given that of the quantized ``x``: see ``base.gradients``."""
-        if not (self.settings.clips or self.settings.rule.needs_bins or learns):
+        if self.is_straight and not learns:
             return grad, (None,) * len(tensors)
-        scale, zero, *rest = tensors
-        blocks = grad.reshape(self.shape), x.reshape(self.shape)
-        given: tuple[Any, ...] = (self.settings, learns, *blocks, scale, self.zero if zero is None else zero, *rest)
-        if torch.is_grad_enabled():
-            found = gradients(*given)
-        elif self.compiled:
-            found = gradients_compiled(*given)
+        body = gradients_compiled if self.compiled and not torch.is_grad_enabled() else gradients
+        found = body(self.settings, learns, grad.reshape(self.shape), *self._given(x, tensors))
+        return found.x.reshape(x.shape), self._found(tensors, found.scale, found.state)
+
+    def gradients_and_quantized(
+        self, grad: Tensor, x: Tensor, tensors: Tensors, learns: bool, spare: Tensor | None
+    ) -> tuple[Tensor, Tensors, Tensor]:
+        """Both at once, without a graph; overwrites ``grad``, which must be contiguous."""
+        if self.is_straight and not learns:
+            return grad, (None,) * len(tensors), self.quantized(x, tensors, spare)
+        given = self._given(x, tensors)
+        if not self.compiled:
+            own = self._blocks(spare)
+            found = gradients(self.settings, learns, grad.view(self.shape), *given, spare=own, again=True)
+            assert found.y is not None
+            grad, scale, state, y = found.x, found.scale, found.state, found.y
+        elif has_kernels(self.settings, *given):
+            more = self.gradients(grad, x, tensors, learns)
+            return *more, self.quantized(x, tensors)
         else:
-            found = gradients(*given, spare=None if spare is None else spare.view(self.shape))
-        moved = None if found.scale is None else found.scale.mul_(self.factor).to(scale.dtype)  # type: ignore[union-attr]
-        return found.x.reshape(x.shape), (moved, None, None, *found.state)
+            y = torch.empty_like(x) if spare is None else spare
+            scale, state = one_pass(_both, self.settings, learns, self._blocks(y), grad.view(self.shape), *given)
+        return grad.reshape(x.shape), self._found(tensors, scale, state), y.reshape(x.shape)
+
+    def _given(self, x: Tensor, tensors: Tensors) -> tuple[Any, ...]:
+        scale, zero, *rest = tensors
+        return x.reshape(self.shape), scale, self.zero if zero is None else zero, *rest
+
+    def _blocks(self, spare: Tensor | None) -> Tensor | None:
+        return None if spare is None else spare.view(self.shape)
+
+    def _found(self, tensors: Tensors, scale: Tensor | None, state: Tensors) -> Tensors:
+        like = tensors[0]
+        assert like is not None
+        return None if scale is None else scale.mul_(self.factor).to(like.dtype), None, None, *state
+
+
+def _both(settings: Settings, learns: bool, y: Tensor, grad: Tensor, x: Tensor, *given: Any) -> tuple[Any, ...]:
+    """``gradients``, in place of ``grad``, and the rounded ``x``, in place of ``y``."""
+    found = gradients(settings, learns, grad, x, *given, again=True)
+    grad.copy_(found.x)
+    y.copy_(found.y)  # type: ignore[arg-type]
+    return found.scale, found.state
