@@ -1,14 +1,21 @@
 """What fake quantization costs a training step, in time and in memory, ours and other libraries'.
 
-Every candidate trains the same Llama in an interpreter of its own.  Those of one scheme and plain take steps in
-turn, one at a time; a figure is the median over rounds of a step's time divided by plain's of the same round.
-Processor time is kept too: with ``--threads 1`` it hardly feels what else the machine is doing.  Memory
-is the peak of the resident set in one step over what was resident before the model was built, measured in a
-process of its own in which every tensor above 64 KiB is mapped and unmapped by itself.
+Every candidate trains the same model in an interpreter of its own.  Those of one scheme and their baseline (training
+in the same way without quantization) take steps in turn, one at a time; a figure is the median over rounds of a step's
+time divided by the baseline's of the same round.  Processor time is kept too: with ``--threads 1`` it hardly feels what
+else the machine is doing.  Memory is the peak of the resident set in one step over what was resident before the model
+was built, measured in a process of its own in which every tensor above 64 KiB is mapped and unmapped by itself; on a
+GPU times are between its own events, and memory is the allocator's peak.  The profiler then says which share of a step
+is ours.
 
-    python examples/benchmarks/overhead.py --peers-venv        # everything; creates .venv-peers once
-    python examples/benchmarks/overhead.py --only ste pege     # plain and what matches
-    python examples/benchmarks/overhead.py --table             # the table of the last results
+    python examples/benchmarks/overhead.py --peers-venv        # the small Llama; creates .venv-peers once
+    python examples/benchmarks/overhead.py --model vit-b       # another model; its part of the results is replaced
+    python examples/benchmarks/overhead.py --only ste pege     # baselines and what matches
+    python examples/benchmarks/overhead.py --ablate            # without one optimisation at a time
+    python examples/benchmarks/overhead.py --model llama-1b --device cuda --dtype bfloat16 --compile-model
+    python examples/benchmarks/overhead.py --merge FILE        # take over what was measured elsewhere
+    python examples/benchmarks/overhead.py --table             # the tables of the last results
+    python examples/benchmarks/overhead.py --plots FOLDER      # plots of them
 """
 
 from __future__ import annotations
@@ -17,239 +24,150 @@ import argparse
 import datetime
 import json
 import os
-import statistics
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from machine import machine
+from machine import machine, save
+from overhead_candidates import candidates, chosen
+from overhead_models import FAMILIES, sizes
+from overhead_runs import ROOT, Round, Run, peers_python, say, summary
+from overhead_table import NOTHING, ablation_table, share_table, table
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-RESULTS = HERE / "results" / "overhead.json"
-PEERS = ("torchao==0.18.0", "nvidia-modelopt==0.47.0")
-PEERS_NEED = ("torch", "transformers", "requests")  # requests: modelopt 0.47 imports it and does not ask for it
-ELEMENT = {"theta": "element"}
-CANDIDATES: dict[str, dict[str, Any]] = {
-    "plain": {"kind": "plain"},
-    **{
-        f"ours {method} {scheme}": {
-            "kind": "ours",
-            "method": method.split()[0],
-            "scheme": scheme,
-            "options": (ELEMENT if "element" in method else {}) | ({"compile": True} if "compiled" in method else {}),
-        }
-        for scheme, methods in {
-            "w4a16-g32": ("ste", "lsq", "ewgs", "pege", "pege element"),
-            "w8a8": ("ste", "pege"),
-            "w8a8-static": ("ste", "lsq", "pege"),
-        }.items()
-        for method in (f"{name}{way}" for name in methods for way in ("", " compiled"))
-    },
-    **{
-        f"{library} {scheme}": {"kind": library, "scheme": scheme}
-        for library in ("torchao", "modelopt")
-        for scheme in ("w4a16-g32", "w8a8" if library == "torchao" else "w8a8-static")
-    },
-}
+RESULTS = Path(__file__).resolve().parent / "results" / "overhead.json"
+__all__ = ["NOTHING", "Round", "ablation_table", "say", "share_table", "summary", "table"]  # other benchmarks use them
 
 
-Round = dict[str, list[dict[str, float]]]  # candidate -> answers of its turns
+def part_name(settings: dict[str, Any]) -> str:
+    """Where a run's figures are kept: its model, and what is unusual about it."""
+    words = [settings["model"], "cuda" * (settings["device"] == "cuda")]
+    words += [settings["dtype"].removesuffix("float32"), "compiled" * settings["compile_model"]]
+    return " ".join(filter(None, words))
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+def put(path: Path, name: str, kind: str, results: dict[str, Any], add: bool = False) -> dict[str, Any]:
+    """Replace one part of the results file, in the order of ``FAMILIES``.
+
+    Args:
+        path: The file.
+        name: See ``part_name``.
+        kind: ``steps`` or ``ablation``.
+        results: What was measured.
+        add: Keep the candidates that were measured before and are not among these, if the settings are the same.
+    """
+    models = read(path)["models"]
+    part = models.setdefault(name, {})
+    if add and kind in part:
+        if part[kind]["settings"] != results["settings"]:
+            raise SystemExit(
+                f"--add: expected settings {part[kind]['settings']}, got others. Measure all of them anew."
+            )
+        results = {**results, "candidates": {**part[kind]["candidates"], **results["candidates"]}}
+    part[kind] = results
+    order = list(FAMILIES)
+    models = dict(sorted(models.items(), key=lambda pair: (order.index(pair[0].split()[0]), pair[0])))
+    save(path, {"models": models})
+    return {"models": models}
 
 
-class Worker:
-    """A candidate's process; ``ask`` sends a command and waits for the answer."""
-
-    def __init__(self, name: str, settings: dict[str, Any], python: str, mapped: bool = False) -> None:
-        environment = dict(os.environ, HF_HUB_OFFLINE="1", TQDM_DISABLE="1", TOKENIZERS_PARALLELISM="false")
-        if mapped:
-            environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-        self.name = name
-        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the process)
-        self.process = subprocess.Popen(
-            [python, str(HERE / "overhead_worker.py"), json.dumps(CANDIDATES[name]), json.dumps(settings)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            env=environment,
-            text=True,
-        )
-        self.facts = self.answer()
-
-    def ask(self, command: str) -> dict[str, Any]:
-        """Let it do one thing."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(command + "\n")
-        self.process.stdin.flush()
-        return self.answer()
-
-    def answer(self) -> dict[str, Any]:
-        """Its next line; its log if it died."""
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            self.process.wait()
-            self.errors.seek(0)
-            raise RuntimeError(f"{self.name} ended with {self.process.returncode}:\n{self.errors.read()[-3000:]}")
-        return dict(json.loads(line))
-
-    def close(self) -> None:
-        """End the process and drop its log."""
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout, self.errors):
-            if pipe is not None:
-                pipe.close()
+def read(path: Path) -> dict[str, Any]:
+    """The results file; nothing where there is none."""
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {"models": {}}
 
 
-def peers_python(directory: Path) -> str:
-    """Interpreter of the peers' environment, created with the versions this one runs."""
-    python = directory / "bin" / "python"
-    ready = directory / ".ready"
-    if not ready.exists():
-        say(f"creating {directory.name} for {', '.join(PEERS)}")
-        subprocess.run([sys.executable, "-m", "venv", str(directory)], check=True)
-        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*pip, "-c", str(ROOT / "constraints.txt"), *PEERS_NEED, *PEERS], check=True)
-        ready.touch()
-    return str(python)
+def stamp(run: Run, found: dict[str, Any]) -> dict[str, Any]:
+    """Results with when, where and with what they were measured."""
+    place = machine()
+    if run.on_gpu:
+        import torch
+
+        place["gpu"] = torch.cuda.get_device_name()
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "machine": place,
+        "versions": run.versions,
+        "settings": {**run.settings, "rounds": run.rounds, "warmup": run.warmup},
+        "failed": run.failed,
+        **found,
+    }
 
 
-def measure_memory(names: list[str], pythons: dict[str, str], settings: dict[str, Any]) -> dict[str, int]:
-    """Peak bytes of a step by candidate."""
-    peaks = {}
-    for i, name in enumerate(names, 1):
-        worker = Worker(name, settings, pythons[name], mapped=True)
-        try:
-            worker.ask("step")  # creates the optimizer's state and calibrates
-            peaks[name] = int(worker.ask("memory")["peak"])
-        finally:
-            worker.close()
-        say(f"memory {i}/{len(names)}  {name}: {peaks[name] / 2**20:.0f} MiB")
-    return peaks
-
-
-def measure_time(
-    group: str, names: list[str], pythons: dict[str, str], settings: dict[str, Any], rounds: int, warmup: int
-) -> tuple[list[Round], dict[str, Any]]:
-    """Rounds of answers of a group of candidates (plain takes two turns in each), and versions."""
-    workers: dict[str, Worker] = {}
-    measured: list[Round] = []
-    try:
-        for i, name in enumerate(names, 1):
-            workers[name] = Worker(name, settings, pythons[name])
-            say(f"{group}: start {i}/{len(names)}  {name}")
-        others = [n for n in names if n != "plain"]
-        for r in range(-warmup, rounds):
-            first, half = r % max(len(others), 1), len(others) // 2
-            turn = others[first:] + others[:first]
-            turn = ["plain", *turn[:half], "plain", *turn[half:]]
-            answers: Round = {}
-            for name in turn:
-                answers.setdefault(name, []).append(workers[name].ask("step"))
-            if r >= 0:
-                measured.append(answers)
-            plain = statistics.median(a["wall"] for a in answers["plain"])
-            say(f"{group}: round {r + 1}/{rounds}  plain {plain:.2f} s" + ("" if r >= 0 else "  (warm-up)"))
-        versions = {k: v for w in workers.values() for k, v in w.facts["versions"].items()}
-    finally:
-        for worker in workers.values():
-            worker.close()
-    return measured, versions
-
-
-def summary(measured: list[Round], name: str) -> dict[str, float]:
-    """Median and spread of a candidate's per-round ratios to plain, by wall clock and by processor time."""
-    out = {"seconds": statistics.median(a["wall"] for answers in measured for a in answers[name])}
-    for clock, label in (("wall", "ratio"), ("cpu", "cpu_ratio")):
-        ratios = []
-        for answers in measured:
-            plain = statistics.median(a[clock] for a in answers["plain"])
-            ratios += [a[clock] / plain for a in answers[name]]
-        tenths = statistics.quantiles(ratios, n=10, method="inclusive") if len(ratios) > 1 else [ratios[0]] * 9
-        out |= {label: statistics.median(ratios), f"{label}_10": tenths[0], f"{label}_90": tenths[-1]}
-    return {key: round(value, 4) for key, value in out.items()}
-
-
-def table(results: dict[str, Any]) -> str:
-    """The results as Markdown."""
-    s = results["settings"]
-    plain = results["candidates"]["plain"]
-    lines = [
-        f"Training step of a {s['layers']}-layer Llama (hidden {s['hidden']}, {s['batch']} x {s['tokens']} tokens, "
-        f"float32, AdamW) on {results['machine']['processor']}, {s['threads']} threads; plain is "
-        f"{plain['seconds']:.2f} s" + (f" and {plain['peak'] / 2**20:.0f} MiB" if "peak" in plain else "") + ". "
-        f"Median of {s['rounds']} interleaved rounds, 10 to 90 % in brackets.",
-        "",
-        "| | scheme | time | | peak memory |",
-        "|---|---|---|---|---|",
-    ]
-    for name, c in results["candidates"].items():
-        who, scheme = name.rsplit(" ", 1) if " " in name else (name, "float32")
-        memory = f"{c['peak'] / plain['peak']:.3f}" if "peak" in c else ""
-        spread = f"{c['ratio_10']:.3f} to {c['ratio_90']:.3f}"
-        lines.append(f"| {who} | {scheme} | {c['ratio']:.3f} | [{spread}] | {memory} |")
-    return "\n".join(lines)
-
-
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", action="store_true", help="print the Markdown table of --out and end")
+    parser.add_argument("--table", action="store_true", help="print the Markdown tables of --out and end")
+    parser.add_argument("--plots", type=Path, help="write plots of --out into a folder and end")
+    parser.add_argument("--merge", type=Path, help="put the parts of another results file into --out and end")
+    parser.add_argument("--add", action="store_true", help="keep what was measured before and is left out now")
+    parser.add_argument("--ablate", action="store_true", help="measure without one optimisation at a time")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--model", choices=FAMILIES, default="llama")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--compile-model", action="store_true", help="torch.compile of the whole model, plain and ours")
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--warmup", type=int, default=2, help="rounds that are not counted")
+    parser.add_argument("--warmup", type=int, default=3, help="rounds that are not counted")
+    parser.add_argument("--together", type=int, help="candidates beside one baseline at a time (on a GPU 1)")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--only", nargs="+", help="keep candidates whose name holds one of these")
     parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--no-profile", action="store_true")
     parser.add_argument("--peers-python", help="interpreter that has torchao and nvidia-modelopt")
     parser.add_argument("--peers-venv", action="store_true", help="create .venv-peers and use it")
-    for name, value in {"vocab": 2048, "hidden": 512, "intermediate": 1408, "layers": 4, "heads": 8}.items():
-        parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=256)
-    args = parser.parse_args()
-    if args.table:
-        print(table(json.loads(args.out.read_text())))
-        return
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    for name in dict.fromkeys(name for family in FAMILIES.values() for name in family.sizes):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help="a size of the model, in place of its own")
+    return parser.parse_args()
+
+
+def measurement(args: argparse.Namespace) -> Run:
+    """What the arguments ask for."""
+    given = {name: getattr(args, name) for family in FAMILIES.values() for name in family.sizes}
+    own = sizes(args.model, args.device, {name: value for name, value in given.items() if value is not None})
+    settings = {"model": args.model, **own, "threads": args.threads, "dtype": args.dtype, "device": args.device}
+    settings["compile_model"] = args.compile_model
     peers = peers_python(ROOT / ".venv-peers") if args.peers_venv else args.peers_python
-    names, pythons = [], {}
-    for name, candidate in CANDIDATES.items():
-        peer = candidate["kind"] in ("torchao", "modelopt")
-        if (peer and not peers) or (args.only and name != "plain" and not any(o in name for o in args.only)):
-            continue
-        names.append(name)
-        pythons[name] = peers if peer else sys.executable
-    keys = ("vocab", "hidden", "intermediate", "layers", "heads", "batch", "tokens", "threads")
-    settings = {key: getattr(args, key) for key in keys}
-    peaks = {} if args.no_memory else measure_memory(names, pythons, settings)
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(str(CANDIDATES[name].get("scheme", "")), []).append(name)
-    plain, versions, figures = groups.pop(""), {}, {}
-    everything: list[Round] = []
-    for group, members in (groups or {"": []}).items():
-        measured, found = measure_time(group, plain + members, pythons, settings, args.rounds, args.warmup)
-        figures |= {name: summary(measured, name) for name in members}
-        versions |= found
-        everything += measured
-    figures = {"plain": summary(everything, "plain"), **figures}
-    results = {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": machine(),
-        "versions": versions,
-        "settings": {**settings, "dtype": "float32", "rounds": args.rounds, "warmup": args.warmup},
-        "candidates": {n: f | ({"peak": peaks[n]} if peaks else {}) for n, f in figures.items()},
-    }
-    args.out.write_text(json.dumps(results, indent=1) + "\n")
-    print(table(results))
+    if args.ablate:
+        from overhead_ablation import ablated
+
+        if args.model == "resnet-50":
+            raise SystemExit(
+                "--ablate: expected a model of Linear layers, got resnet-50. Convolutions recompute nothing."
+            )
+        everything = ablated(args.model)
+    else:
+        everything = candidates(args.model, args.compile_model)
+    return Run(
+        chosen(everything, args.only, peers is not None),
+        settings,
+        args.rounds,
+        args.warmup,
+        peers,
+        memory=not args.no_memory,
+        profiled=not (args.no_profile or args.ablate or args.compile_model),
+        together=args.together or (1 if args.device == "cuda" else None),
+    )
+
+
+def main() -> None:
+    args = arguments()
+    if args.plots:
+        from overhead_plots import steps_plot
+
+        print(steps_plot(read(args.out), args.plots))
+        return
+    if args.merge:
+        for name, part in read(args.merge)["models"].items():
+            for kind, found in part.items():
+                put(args.out, name, kind, found, args.add)
+    elif not args.table:
+        run = measurement(args)
+        if args.ablate:
+            from overhead_ablation import run as ablation
+
+            results, kind = stamp(run, ablation(run)), "ablation"
+        else:
+            results, kind = stamp(run, {"candidates": run.measure()}), "steps"
+        put(args.out, part_name(run.settings), kind, results, args.add)
+    results = read(args.out)
+    print("\n\n".join(make(results) for make in (table, share_table, ablation_table)))
 
 
 if __name__ == "__main__":

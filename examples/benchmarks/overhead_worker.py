@@ -1,6 +1,7 @@
 """One candidate of ``overhead.py`` in an interpreter of its own: builds it, then takes a step whenever told to.
 
-Reads commands from stdin, one a line (``step``, ``memory``, ``quit``), and answers each with a line of JSON.
+Reads commands from stdin, one a line (``step``, ``memory``, ``profile``, ``quit``), and answers each with a line of
+JSON.
 """
 
 from __future__ import annotations
@@ -12,36 +13,24 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-TINY = {"vocab": 64, "hidden": 64, "intermediate": 128, "layers": 1, "heads": 2, "batch": 1, "tokens": 32}
+from overhead_models import FAMILIES, add_lora, build_model, checkpoint_blocks, make_inputs, placed
+
 LR, TOTAL_STEPS, CALIBRATION = 1e-4, 1000, 1
+LIBRARIES = {"torchao": "torchao", "modelopt": "nvidia-modelopt"}
 Update = Callable[[Callable[[], None]], None]
-
-
-def build_model(settings: dict[str, Any]) -> nn.Module:
-    """A Llama from a config, with fixed random weights, float32."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=settings["vocab"],
-        hidden_size=settings["hidden"],
-        intermediate_size=settings["intermediate"],
-        num_hidden_layers=settings["layers"],
-        num_attention_heads=settings["heads"],
-        max_position_embeddings=settings["tokens"],
-    )
-    return LlamaForCausalLM(config).train()
 
 
 def plain(model: nn.Module, optimizer: torch.optim.Optimizer) -> Update:
@@ -55,14 +44,29 @@ def plain(model: nn.Module, optimizer: torch.optim.Optimizer) -> Update:
     return update
 
 
-def ours(model: nn.Module, method: str, scheme: str, options: dict[str, Any]) -> Update:
-    """This package, driven as a front end drives it."""
+def ours(model: nn.Module, method: str, scheme: str, options: dict[str, Any], without: str | None = None) -> Update:
+    """This package, driven as a front end drives it.
+
+    Args:
+        model: The float model.
+        method: The method.
+        scheme: The scheme.
+        options: Further arguments of ``QuantConfig.parse``.
+        without: A name of ``SWITCHES``, an optimisation that is left out.
+    """
     from lightning_quant import QuantConfig, QuantController
     from lightning_quant.optim import param_groups
 
+    change = None
+    if without is not None:
+        from overhead_switches import SWITCHES
+
+        options, change = {**options, **SWITCHES[without].config}, SWITCHES[without].change
     config = QuantConfig.parse(method, scheme, calibration=CALIBRATION, **options)
     controller = QuantController(config)
     controller.prepare(model)
+    if change is not None:
+        change(model)
     controller.begin(TOTAL_STEPS)
     optimizer = torch.optim.AdamW(param_groups(model, config, LR))
     step = 0
@@ -81,12 +85,14 @@ def ours(model: nn.Module, method: str, scheme: str, options: dict[str, Any]) ->
 
 
 def torchao(model: nn.Module, scheme: str) -> None:
-    """Torchao's QAT preparation: int4 weights by groups of 32, or int8 with dynamic asymmetric int8 per token."""
+    """Torchao's QAT preparation: int4 weights by groups, or int8 with dynamic asymmetric int8 per token."""
     from torchao.quantization import quantize_
     from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
 
-    if scheme == "w4a16-g32":
-        config = QATConfig(weight_config=IntxFakeQuantizeConfig(torch.int4, group_size=32), step="prepare")
+    if scheme.startswith("w4a16"):
+        config = QATConfig(
+            weight_config=IntxFakeQuantizeConfig(torch.int4, group_size=group_size(scheme)), step="prepare"
+        )
     else:
         config = QATConfig(
             activation_config=IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False),
@@ -96,52 +102,67 @@ def torchao(model: nn.Module, scheme: str) -> None:
     quantize_(model, config, lambda m, path: isinstance(m, nn.Linear) and "lm_head" not in path)
 
 
-def modelopt(model: nn.Module, scheme: str, batch: torch.Tensor) -> None:
-    """ModelOpt's fake quantization: int4 weights by blocks of 32, or int8 with static int8 per tensor."""
+def modelopt(model: nn.Module, scheme: str, inputs: dict[str, Tensor]) -> None:
+    """ModelOpt's fake quantization: int4 weights by blocks, or int8 with static int8 per tensor."""
     import modelopt.torch.quantization as mtq
 
-    if scheme == "w4a16-g32":
+    if scheme.startswith("w4a16"):
         config = copy.deepcopy(mtq.INT4_BLOCKWISE_WEIGHT_ONLY_CFG)
         for rule in config["quant_cfg"]:
             if "block_sizes" in (rule.get("cfg") or {}):
-                rule["cfg"]["block_sizes"][-1] = 32
+                rule["cfg"]["block_sizes"][-1] = group_size(scheme)
     else:
         config = mtq.INT8_DEFAULT_CFG
-    mtq.quantize(model, config, forward_loop=lambda m: m(input_ids=batch))
+    mtq.quantize(model, config, forward_loop=lambda m: m(**{k: v for k, v in inputs.items() if k != "labels"}))
 
 
-def build(candidate: dict[str, Any], settings: dict[str, Any]) -> tuple[Callable[[], float], dict[str, Any]]:
-    """The candidate's training step, which returns the loss, and facts about it."""
-    model = build_model(settings)
-    batch = torch.randint(0, settings["vocab"], (settings["batch"], settings["tokens"]))
+def group_size(scheme: str) -> int:
+    """The elements that share a scale."""
+    found = re.search(r"-g(\d+)", scheme)
+    assert found is not None
+    return int(found[1])
+
+
+def build(
+    candidate: dict[str, Any], settings: dict[str, Any]
+) -> tuple[Callable[[], Tensor], nn.Module, dict[str, Any]]:
+    """The candidate's training step, which returns the loss, its model, and facts about it."""
+    device, dtype = settings.get("device", "cpu"), getattr(torch, settings.get("dtype", "float32"))
+    model = build_model(settings).to(device, dtype)
+    inputs = placed(make_inputs(settings), device, dtype)
     kind, scheme = candidate["kind"], candidate.get("scheme", "")
-    library = {"plain": "torch", "ours": "torch", "torchao": "torchao", "modelopt": "nvidia-modelopt"}[kind]
+    if candidate.get("checkpointing"):
+        checkpoint_blocks(model)
+    if candidate.get("lora"):
+        model = add_lora(model, merged=kind == "plain" and not candidate.get("two_paths"))
     if kind == "ours":
-        update = ours(model, candidate["method"], scheme, candidate.get("options", {}))
+        update = ours(model, candidate["method"], scheme, candidate.get("options", {}), candidate.get("without"))
     else:
         if kind == "torchao":
             torchao(model, scheme)
         elif kind == "modelopt":
-            modelopt(model, scheme, batch)
+            modelopt(model, scheme, inputs)
         model.train()
-        update = plain(model, torch.optim.AdamW(model.parameters(), lr=LR))
-    head = type(model.lm_head)
+        update = plain(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR))
+    head = type(getattr(model, "lm_head", nn.Linear(1, 1)))
     if kind in ("plain", "ours", "torchao") and head is not nn.Linear:
         raise RuntimeError(f"{kind}: expected lm_head in float, got {head}. Exclude it.")
+    forward = torch.compile(model) if settings.get("compile_model") else model
 
-    def step() -> float:
-        loss: list[torch.Tensor] = []
+    def step() -> Tensor:
+        loss: list[Tensor] = []
 
         def backward() -> None:
-            loss.append(model(input_ids=batch, labels=batch).loss)
+            loss.append(forward(**inputs).loss)
             loss[0].backward()
 
         update(backward)
-        return float(loss[0])
+        return loss[0].detach()
 
-    names = {"torch": "torch", "transformers": "transformers", library: library}
-    versions = {name: importlib.metadata.version(name) for name in names.values()}
-    return step, {"versions": {**versions, "python": platform.python_version()}}
+    names = ["torch", "transformers", *(LIBRARIES[k] for k in [kind] if k in LIBRARIES)]
+    names += ["peft"] * bool(candidate.get("lora"))
+    versions = {name: importlib.metadata.version(name) for name in names}
+    return step, model, {"versions": {**versions, "python": platform.python_version()}}
 
 
 def status(field: str) -> int:
@@ -152,36 +173,78 @@ def status(field: str) -> int:
     raise RuntimeError(f"/proc/self/status: expected {field}, got none. Memory is measured on Linux only.")
 
 
+def timed(step: Callable[[], Tensor], device: str) -> dict[str, float]:
+    """A step's seconds, by the clock (on a GPU between two of its events) and of the processor, and its loss."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        cpu = time.process_time()
+        events[0].record()
+        loss = step()
+        events[1].record()
+        events[1].synchronize()
+        wall = events[0].elapsed_time(events[1]) / 1000
+    else:
+        wall, cpu = time.perf_counter(), time.process_time()
+        loss = step()
+        wall = time.perf_counter() - wall
+    return {"wall": wall, "cpu": time.process_time() - cpu, "loss": float(loss)}
+
+
+def peak(step: Callable[[], Tensor], device: str, start: int) -> int:
+    """The most bytes a step needs at a time, over those there were at the start."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() - start
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # peak := now
+    step()
+    return status("VmHWM") - start
+
+
+def resident(device: str) -> int:
+    """Bytes in use."""
+    if device == "cuda":
+        return torch.cuda.memory_allocated()
+    ctypes.CDLL(None).malloc_trim(0)
+    return status("VmRSS")
+
+
 def main() -> None:
     """Serve one candidate."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print goes to stderr
     candidate, settings = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+    device = settings["device"]
     torch.set_num_threads(settings["threads"])
-    build(candidate, {**settings, **TINY})[0]()  # what is imported or set up once is not the step's memory
-    gc.collect()
 
     def answer(**fields: Any) -> None:
         print(json.dumps(fields), file=answers, flush=True)
 
-    trim = ctypes.CDLL(None).malloc_trim
-    trim(0)
-    start = status("VmRSS")
-    step, facts = build(candidate, settings)
-    answer(**facts)
-    for line in sys.stdin:
-        command = line.strip()
-        if command == "quit":
-            break
-        if command == "memory":  # of the steps that follow the ones done so far
-            trim(0)
-            Path("/proc/self/clear_refs").write_text("5")  # peak := now
-            step()
-            answer(peak=status("VmHWM") - start)
-            continue
-        wall, cpu = time.perf_counter(), time.process_time()
-        loss = step()
-        answer(wall=time.perf_counter() - wall, cpu=time.process_time() - cpu, loss=loss)
+    with ExitStack() as stack:
+        if candidate.get("without"):
+            from overhead_switches import SWITCHES
+
+            stack.enter_context(SWITCHES[candidate["without"]].replaced())
+        tiny = {**settings, **FAMILIES[settings["model"]].tiny, "compile_model": False}
+        build(candidate, tiny)[0]()  # what is imported or set up once is not the step's memory
+        gc.collect()
+        start = resident(device)
+        step, model, facts = build(candidate, settings)
+        answer(**facts)
+        for line in sys.stdin:
+            command = line.strip()
+            if command == "quit":
+                break
+            if command == "memory":  # of the steps that follow the ones done so far
+                answer(peak=peak(step, device, start))
+            elif command == "profile":
+                from overhead_profile import shares
+
+                answer(shares=shares(model, step))
+            else:
+                answer(**timed(step, device))
 
 
 if __name__ == "__main__":

@@ -17,12 +17,14 @@ HERE = Path(__file__).resolve().parent
 README = HERE.parents[1] / "README.md"
 sys.path.insert(0, str(HERE.parent))
 
+import accuracy_tables  # noqa: E402
 import architectures  # noqa: E402
 import distill  # noqa: E402
 import export_7b  # noqa: E402
 import formats  # noqa: E402
 import logging_cost  # noqa: E402
 import overhead  # noqa: E402
+import overhead_scaling  # noqa: E402
 import ptq  # noqa: E402
 import ptq_1b  # noqa: E402
 import qlora_memory  # noqa: E402
@@ -83,12 +85,20 @@ def setup_section() -> str:
     return "\n".join(lines)
 
 
+def scaling_section() -> str:
+    file = overhead_scaling.RESULTS
+    return overhead_scaling.table(results(file.stem)) if file.exists() else overhead.NOTHING
+
+
 SECTIONS = {
     "setup": setup_section,
     "methods": methods_section,
     "architectures": lambda: architectures.table(results("architectures")),
     "formats": lambda: formats.table(results("formats")),
     "overhead": lambda: overhead.table(results("overhead")),
+    "overhead_share": lambda: overhead.share_table(results("overhead")),
+    "overhead_ablation": lambda: overhead.ablation_table(results("overhead")),
+    "overhead_scaling": scaling_section,
     "logging": lambda: logging_cost.table(results("logging")),
     "distill": lambda: distill.table(results("distill")),
     "export": lambda: export_7b.table(results("export")),
@@ -97,6 +107,7 @@ SECTIONS = {
     "qlora": lambda: qlora_memory.table(results("qlora")),
     "roofline": lambda: roofline_check.table(results("roofline")),
     "runtime": lambda: runtime.table(results("runtime")),
+    "accuracy": lambda: accuracy_tables.table(results("accuracy")),
     "demo": demo_section,
 }
 

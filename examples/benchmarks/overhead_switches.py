@@ -1,0 +1,112 @@
+"""Each optimisation of the quantizers, switched off from the outside, to see what it buys.
+
+The product has settings for two of them; the others are replaced, while a context is open, by the plainer code that
+they took the place of.  A name that is no longer there is an error, never a switch that does nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+from lightning_quant import ESTIMATORS, controller, quantizer, reuse, rounded_product
+from lightning_quant.attach import quantizers
+from lightning_quant.estimators import Deferred
+
+
+@dataclass(frozen=True)
+class Switch:
+    """One optimisation.
+
+    Attributes:
+        without: What a step does without it.
+        config: Fields of ``QuantConfig`` that switch it off.
+        replaced: A context in which it is off.
+        change: What is changed in a model with quantizers.
+        inputs: It concerns quantized inputs only.
+        learning: It concerns methods that learn or schedule something.
+    """
+
+    without: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    replaced: Callable[[], AbstractContextManager[Any]] = nullcontext
+    change: Callable[[nn.Module], None] | None = None
+    inputs: bool = False
+    learning: bool = False
+
+
+def _fill_each(tensors: list[Tensor], value: float | Tensor) -> None:
+    for tensor in tensors:
+        tensor.fill_(value)
+
+
+@torch.no_grad()
+def _floor_each(all_quantizers: list[Any]) -> None:
+    for q in all_quantizers:
+        if isinstance(q._parameters.get("scale"), nn.Parameter) and q.ready:
+            q.scale.data.clamp_(min=1e-6)
+
+
+@contextmanager
+def _one_by_one() -> Iterator[None]:
+    with patch.object(controller, "_fill", _fill_each), patch.object(controller, "_floor_scales", _floor_each):
+        yield
+
+
+def _copied_absmax(x: Tensor) -> Tensor:
+    return x.abs().amax(dim=-1, keepdim=True)
+
+
+def _mask_everything(model: nn.Module) -> None:
+    """Look for values outside of ranges that cover everything: backward reads its input, so that none is shared."""
+    for _, q in quantizers(model):
+        q.clips, q.stateless = True, False
+
+
+def _one_after_the_other(self: Any, grad: Tensor, x: Tensor, tensors: Any, learns: bool, spare: Any) -> Any:
+    return *self.gradients(grad, x, tensors, learns), self.quantized(x, tensors, spare)
+
+
+SWITCHES: dict[str, Switch] = {
+    "kernels": Switch("operation by operation, without compiled kernels", {"compile": False}),
+    "fusion": Switch(
+        "captured by the compiler, run operation by operation",
+        replaced=lambda: patch.object(torch, "compile", functools.partial(torch.compile, backend="eager")),
+    ),
+    "recompute": Switch("what was rounded is kept for backward", {"recompute": False}),
+    "together": Switch(
+        "a weight's gradient and its rounding in two loops",
+        replaced=lambda: patch.object(Deferred, "gradients_and_quantized", _one_after_the_other),
+    ),
+    "scratch": Switch(
+        "memory of its own for every rounded weight",
+        replaced=lambda: patch.object(rounded_product, "scratch", lambda like: None),
+    ),
+    "sharing": Switch(
+        "every layer rounds its own input",
+        replaced=lambda: patch.object(reuse, "allowed", lambda x: False),
+        inputs=True,
+    ),
+    "absmax": Switch(
+        "largest magnitudes of a copy",
+        replaced=lambda: patch.object(quantizer, "_absmax", _copied_absmax),
+        inputs=True,
+    ),
+    "masks": Switch("range masks where nothing lies outside, and so no sharing", change=_mask_everything, inputs=True),
+    "foreach": Switch("schedules and floors of scales set one by one", replaced=_one_by_one, learning=True),
+}
+
+
+def applying(method: str, scheme: str) -> list[str]:
+    """The switches that have something to do under a method and a scheme."""
+    rule = ESTIMATORS[method]()
+    learns = rule.learns_scale or bool(rule.schedules())
+    given = "a16" not in scheme
+    return [name for name, s in SWITCHES.items() if (given or not s.inputs) and (learns or not s.learning)]
