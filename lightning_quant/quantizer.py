@@ -210,10 +210,12 @@ class FakeQuantizer(nn.Module):
     def deferred(self, x: Tensor) -> tuple[Deferred, tuple[Tensor | None, ...]] | None:
         """What rounds ``x`` inside another operation, with its tensors, and counts as a call of this module.
 
-        None where there is more to a call than arithmetic on blocks: anything is noted or measured, or ``x`` is
-        mapped or moved before it is rounded.
+        None where there is more to a call than arithmetic on blocks: anything is noted or measured, hooks wait for the
+        call, or ``x`` is mapped or moved before it is rounded.
         """
         if not (self.simple and self.enabled) or self.observing or self.measuring or (self.delayed and self.training):
+            return None
+        if self._forward_hooks or self._forward_pre_hooks:
             return None
         view, scale, zero, offset = self.blocks(x)
         if offset is not None:

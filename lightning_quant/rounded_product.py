@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_quant import zero
 from lightning_quant.estimators import Deferred
+from lightning_quant.quantizer import FakeQuantizer
 from lightning_quant.scratch import scratch
 
 PLAIN = (Tensor, torch.nn.Parameter)  # no sharded ones, whose blocks lie elsewhere
@@ -35,12 +36,14 @@ def rounded_product(layer: Any, x: Tensor) -> Tensor | None:
         return None
     if type(x) not in PLAIN or type(weight) not in PLAIN or zero.is_partitioned(weight):
         return None
-    own = layer.weight_quant.deferred(weight)
+    rounder: Any = layer.weight_quant  # or a rounding's, while it looks for codes
+    own = rounder.deferred(weight) if isinstance(rounder, FakeQuantizer) else None
     if own is None:
         return None
     inner = None
     if of_input is not None:
-        inner = None if of_input.stateless else of_input.deferred(x)
+        if isinstance(of_input, FakeQuantizer) and not of_input.stateless:
+            inner = of_input.deferred(x)
         if inner is None:  # among others what layers with the same input share
             x = of_input(x)
     (way, tensors), (inner_way, inner_tensors) = own, inner or (None, ())

@@ -95,3 +95,11 @@ def test_what_is_measured_is_measured_once():
     y.sum().backward()
     assert all(quantizer.measured[k] is v for k, v in before.items())
     assert quantizer.measuring
+
+
+def test_hooks_of_quantizers_are_called():
+    model, seen = network(True), []
+    model[0].weight_quant.register_forward_hook(lambda q, args, y: seen.append(y))
+    model(torch.randn(3, 64))
+    assert len(seen) == 1
+    assert torch.equal(seen[0], model[0].on_grid())
