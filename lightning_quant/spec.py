@@ -162,8 +162,9 @@ class QuantConfig:
             ``"data_free"``, ``"light"`` or ``"advanced"``, in whose place its steps are kept: see ``presets``.
         setup_batches: How many batches of training data ``setup`` looks at.
         compile: Run the quantizers' own arithmetic in compiled kernels, one pass over memory each way.  The first
-            steps compile, some seconds per kind of layer.  A model that is compiled as a whole needs it not.  On CUDA
-            they are Triton's where it is installed and they know the method: see ``estimators.kernels``.
+            steps compile, some seconds per kind of layer.  A model that is compiled as a whole needs it not.  Where
+            kernels of our own know the method and the grid it is those that run: Triton's on CUDA, C++ in float32 on
+            processors (the extras ``triton`` and ``runtime``); else those of PyTorch's compiler.
         recompute: Linear layers round their weight once more in backward instead of keeping the rounded one, which
             saves a copy of all of them.
     """

@@ -17,7 +17,7 @@ PACKAGES = ("lightning_quant", "hf_integration")
 # Lower layers first; a module may import its own layer and the ones before it.  What is not listed is at the edge:
 # it may import everything here, and nothing here may import it.
 LAYERS = (
-    ("errors", "version", "schedule", "distributed", "noise", "progress", "reuse", "scratch", "report"),
+    ("errors", "version", "schedule", "distributed", "noise", "progress", "reuse", "scratch", "native", "report"),
     ("graph", "adapters", "targets", "zero", "presets"),
     ("scheme", "spec"),
     ("granularity", "codebooks", "scales", "integer"),

@@ -1,7 +1,7 @@
 """The same arithmetic in one pass over memory each way: ``quantized`` and ``gradients`` through PyTorch's compiler.
 
 Every method's formulas are compiled as they stand, for processors and GPUs alike, so there is no second version of
-any but the ``kernels`` for CUDA.  A kernel is shared by all layers with the same settings; sizes may differ but for
+any but of the ``kernels``.  A kernel is shared by all layers with the same settings; sizes may differ but for
 the innermost, which the granularity fixes.  On CPUs its forward has the bits of the uncompiled one.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Hashable
-from functools import partial
 from typing import Any
 
 import torch
@@ -59,28 +58,38 @@ def one_pass(body: Callable[..., Any], settings: Settings, *given: Any) -> Any:
     return _kernels[key][1](*(t.detach() if isinstance(t, Tensor) else t for t in given))
 
 
-def has_kernels(settings: Settings, x: Tensor, *rest: Any) -> bool:
-    """Whether Triton's kernels do this quantizer's work."""
-    return bool(kernels().fits(settings, x, *rest))
+def quantized_compiled(settings: Settings, x: Tensor, *rest: Any, spare: Tensor | None = None) -> Tensor:
+    """``quantized`` in one pass; ``spare``: see there."""
+    ours = kernels_for(settings, x, *rest)
+    if ours is None:
+        return one_pass(quantized, settings, x, *rest)  # type: ignore[no-any-return]
+    return ours.quantized(settings, x, *rest, spare=spare)  # type: ignore[no-any-return]
 
 
-def kernels() -> Any:
-    """The module of that name, which knows the methods, of which some import this file."""
-    from lightning_quant.estimators import kernels
+def gradients_compiled(
+    settings: Settings, learns: bool, grad: Tensor, *given: Any, spare: Tensor | None = None, again: bool = False
+) -> Gradients:
+    """``gradients`` in one pass; ``spare`` and ``again``: see there."""
+    ours = kernels_for(settings, *given)
+    if ours is not None:
+        return ours.gradients(settings, learns, grad, *given, spare=spare, again=again)  # type: ignore[no-any-return]
+    if not again:
+        return one_pass(gradients, settings, learns, grad, *given)  # type: ignore[no-any-return]
+    y = torch.empty_like(given[0]) if spare is None else spare
+    scale, state = one_pass(_in_place, settings, learns, y, grad, *given)
+    return Gradients(grad, scale, state, y)
 
-    return kernels
+
+def kernels_for(settings: Settings, x: Tensor, *rest: Any) -> Any:
+    """The module of kernels of our own that fit, or None.  They know the methods, of which some import this file."""
+    from lightning_quant.estimators import kernels, native
+
+    return next((ours for ours in (kernels, native) if ours.fits(settings, x, *rest)), None)
 
 
-def quantized_compiled(settings: Settings, x: Tensor, *rest: Any) -> Tensor:
-    """``quantized`` in one pass, by Triton's kernel where it fits."""
-    fits = has_kernels(settings, x, *rest)
-    y: Tensor = kernels().quantized(settings, x, *rest) if fits else one_pass(quantized, settings, x, *rest)
-    return y
-
-
-def gradients_compiled(settings: Settings, learns: bool, *given: Any) -> Gradients:
-    """``gradients`` in one pass, by Triton's kernel where it fits."""
-    fits = has_kernels(settings, *given[1:])
-    body = kernels().gradients if fits else partial(one_pass, gradients)
-    found: Gradients = body(settings, learns, *given)
-    return found
+def _in_place(settings: Settings, learns: bool, y: Tensor, grad: Tensor, *given: Any) -> tuple[Any, ...]:
+    """``gradients`` in place of ``grad``, and the rounded input in place of ``y``."""
+    found = gradients(settings, learns, grad, *given, again=True)
+    grad.copy_(found.x)
+    y.copy_(found.y)  # type: ignore[arg-type]
+    return found.scale, found.state

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_quant.estimators.base import FakeQuantize, Settings, gradients, quantized
-from lightning_quant.estimators.compiled import gradients_compiled, has_kernels, one_pass, quantized_compiled
+from lightning_quant.estimators.compiled import gradients_compiled, quantized_compiled
 
 Tensors = tuple[Tensor | None, ...]
 
@@ -52,10 +52,9 @@ class Deferred(NamedTuple):
             grid, clips, interior, training, rule = self.settings
             constants = (table, grid, clips, self.factor, interior, training, rule)
             y = FakeQuantize.apply(blocks, scale, zero, *constants, *inputs)  # type: ignore[no-untyped-call]
-        elif self.compiled:
-            y = quantized_compiled(self.settings, blocks, scale, zero, table, *inputs)
         else:
-            y = quantized(self.settings, blocks, scale, zero, table, *inputs, spare=self._blocks(spare))
+            body: Any = quantized_compiled if self.compiled else quantized
+            y = body(self.settings, blocks, scale, zero, table, *inputs, spare=self._blocks(spare))
         return y.reshape(x.shape)  # type: ignore[no-any-return]
 
     def gradients(self, grad: Tensor, x: Tensor, tensors: Tensors, learns: bool) -> tuple[Tensor, Tensors]:
@@ -72,19 +71,11 @@ class Deferred(NamedTuple):
         """Both at once, without a graph; overwrites ``grad``, which must be contiguous."""
         if self.is_straight and not learns:
             return grad, (None,) * len(tensors), self.quantized(x, tensors, spare)
-        given = self._given(x, tensors)
-        if not self.compiled:
-            own = self._blocks(spare)
-            found = gradients(self.settings, learns, grad.view(self.shape), *given, spare=own, again=True)
-            assert found.y is not None
-            grad, scale, state, y = found.x, found.scale, found.state, found.y
-        elif has_kernels(self.settings, *given):
-            more = self.gradients(grad, x, tensors, learns)
-            return *more, self.quantized(x, tensors)
-        else:
-            y = torch.empty_like(x) if spare is None else spare
-            scale, state = one_pass(_both, self.settings, learns, self._blocks(y), grad.view(self.shape), *given)
-        return grad.reshape(x.shape), self._found(tensors, scale, state), y.reshape(x.shape)
+        body: Any = gradients_compiled if self.compiled else gradients
+        given = (grad.view(self.shape), *self._given(x, tensors))
+        found = body(self.settings, learns, *given, spare=self._blocks(spare), again=True)
+        moved = self._found(tensors, found.scale, found.state)
+        return found.x.reshape(x.shape), moved, found.y.reshape(x.shape)
 
     def _given(self, x: Tensor, tensors: Tensors) -> tuple[Any, ...]:
         scale, zero, *rest = tensors
@@ -97,11 +88,3 @@ class Deferred(NamedTuple):
         like = tensors[0]
         assert like is not None
         return None if scale is None else scale.mul_(self.factor).to(like.dtype), None, None, *state
-
-
-def _both(settings: Settings, learns: bool, y: Tensor, grad: Tensor, x: Tensor, *given: Any) -> tuple[Any, ...]:
-    """``gradients``, in place of ``grad``, and the rounded ``x``, in place of ``y``."""
-    found = gradients(settings, learns, grad, x, *given, again=True)
-    grad.copy_(found.x)
-    y.copy_(found.y)  # type: ignore[arg-type]
-    return found.scale, found.state

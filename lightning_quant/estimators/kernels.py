@@ -85,7 +85,13 @@ def is_per_row(shared: Tensor, x: Tensor) -> bool:
 
 
 def quantized(
-    settings: Settings, x: Tensor, scale: Tensor, zero: Tensor | float, table: Tensor | None, *inputs: Tensor
+    settings: Settings,
+    x: Tensor,
+    scale: Tensor,
+    zero: Tensor | float,
+    table: Tensor | None,
+    *inputs: Tensor,
+    spare: Tensor | None = None,
 ) -> Tensor:
     """``base.quantized`` where ``covers`` is true, by the operator."""
     y: Tensor = torch.ops.lightning_quant.fake_quantize(x, scale, *_points(settings.grid, zero))
@@ -101,6 +107,8 @@ def gradients(
     zero: Tensor | float,
     table: Tensor | None,
     *inputs: Tensor,
+    spare: Tensor | None = None,
+    again: bool = False,
 ) -> Gradients:
     """``base.gradients`` where ``covers`` is true, by the operator."""
     grid, clips, interior, _, rule = settings
@@ -115,7 +123,8 @@ def gradients(
     given, moved, theta = operator(grad, x, scale, *_points(grid, zero), *constants, *own)
     shared = own[0] is not None and own[0].is_floating_point()
     state = (theta if shared else None, None, None) if name == "pege" else (None,) * len(inputs)
-    return Gradients(given, moved if learns else None, state)
+    y = quantized(settings, x, scale, zero, table, *inputs) if again else None
+    return Gradients(given, moved if learns else None, state, y)
 
 
 def _points(grid: Grid, zero: Tensor | float) -> tuple[Tensor | None, float, int, int]:

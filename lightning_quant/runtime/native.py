@@ -13,17 +13,16 @@ Without it, or on other processors, PyTorch's kernels and dense pieces do the wo
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 import sys
-import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from lightning_quant.native import load
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-O3", "-march=native", "-fopenmp")
@@ -80,7 +79,7 @@ def _loaded() -> bool:
     if sys.platform != "linux" or not capabilities.get("avx512_f"):
         return False
     try:
-        torch.ops.load_library(_library(capabilities))  # type: ignore[no-untyped-call]
+        load(SOURCE, FLAGS)
     except Exception as error:  # whatever a missing or broken compiler raises: results are the same, only later
         cure = "pip install 'lightning-quant[runtime]' and have a C++ compiler on PATH"
         log.warning("no compiled kernels, int4 and int8 layers are slower (%s): %s", cure, error)
@@ -93,21 +92,3 @@ def _loaded() -> bool:
 
 def _shape(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
-
-
-def _library(capabilities: dict[str, object]) -> Path:
-    """The compiled file; its name tells source, PyTorch and processor, since a cluster's machines share the folder."""
-    from torch.utils.cpp_extension import get_default_build_root, load
-
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
-    made_from = (SOURCE.read_text(encoding="utf-8"), FLAGS, torch.__version__, sorted(capabilities.items()))
-    digest = hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]
-    library = Path(root) / "lightning_quant" / f"kernels_{digest}.so"
-    if library.is_file():
-        return library
-    library.parent.mkdir(parents=True, exist_ok=True)
-    log.info("compiling kernels for this processor, once, to %s", library)
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:  # a killed build leaves no lock behind
-        load("kernels", [str(SOURCE)], extra_cflags=list(FLAGS), build_directory=folder, is_python_module=False)
-        (Path(folder) / "kernels.so").replace(library)  # the file that is loaded already, under another name
-    return library
