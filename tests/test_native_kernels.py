@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_quant import QuantConfig, attach
+from lightning_quant import QuantConfig, attach, noise
 from lightning_quant.estimators import build_estimator, native
 from lightning_quant.estimators.base import Settings, gradients, quantized
+from lightning_quant.estimators.pege import stepped
 from lightning_quant.grid import Grid
 
 pytestmark = pytest.mark.skipif(not native.is_built(), reason="needs AVX2 and a C++ compiler")
@@ -128,3 +129,21 @@ def test_without_a_compiler_nothing_breaks(monkeypatch):
     monkeypatch.setattr(native, "is_built", lambda: False)
     settings, _, given = case("lsq", "groups", "none")
     assert not native.fits(settings, *given)
+
+
+@pytest.mark.parametrize("zero", ZEROS)
+@pytest.mark.parametrize("view", ["groups", "channels", "odd sizes", "one long row"])
+def test_a_step_of_theta_in_bytes(view, zero):
+    """Where sums round otherwise a number may fall to the other side of its draw: by one, and rarely."""
+    settings, grad, (x, scale, zero, table, *inputs) = case("pege, element", view, zero)
+    grad.view(-1)[3] = math.inf
+    grad.view(-1)[4] = math.nan
+    drawn = noise.seed(torch.tensor(12345), 0xDEADBEEF)
+    want = stepped(settings, grad, x, scale, zero, table, drawn, *inputs)
+    before = inputs[0].clone()
+    found = native.theta_step(settings, grad, x, scale, zero, table, drawn, *inputs)
+    assert found is inputs[0]
+    gap = (found.int() - want.int()).abs()
+    assert gap.max() <= 1
+    assert gap.float().mean() <= 2e-3
+    assert (found != before).float().mean() > 0.3

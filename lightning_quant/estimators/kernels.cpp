@@ -158,17 +158,87 @@ std::tuple<Tensor, Tensor> gradients(Tensor out, std::optional<Tensor> y, const 
   return learns ? run(backward<SURROGATE, true>) : run(backward<SURROGATE, false>);
 }
 
+// Numbers in [0, 1): noise.py's, of places in memory.
+V uniform(uint32_t index, uint32_t start) {
+  float drawn[LANES];
+  for (int64_t i = 0; i < LANES; i++) {
+    uint32_t h = index + uint32_t(i) + start;
+    h = (h ^ (h >> 16)) * 0x7FEB352Du;
+    h = (h ^ (h >> 15)) * 0x846CA68Bu;
+    drawn[i] = float((h ^ (h >> 16)) >> 8) * 0x1p-24f;
+  }
+  return V::loadu(drawn);
+}
+
+// A step of PEGE's Theta in bytes, in place, given the gradient of the weight x.
+void theta_step(Tensor theta, const Tensor& grad, const Tensor& x, const Tensor& scale,
+                const std::optional<Tensor>& zero, double fixed, int64_t low, int64_t high, const Tensor& sharpness,
+                double rate, const Tensor& start) {
+  const int64_t size = x.size(-1), rows = x.numel() / size;
+  const Points points(scale, zero, fixed, low, high, rows);
+  const float* from = x.const_data_ptr<float>();
+  const float* g = grad.const_data_ptr<float>();
+  uint8_t* codes = theta.mutable_data_ptr<uint8_t>();
+  const float sharp = *sharpness.const_data_ptr<float>(), top = std::tanh(sharp / 2);
+  const uint32_t first_draw = uint32_t(*start.const_data_ptr<int64_t>()) * 0x9E3779B1u;
+  const V most(std::numeric_limits<float>::max());
+  Tensor squares = at::empty({rows}, x.options());
+  float* square_to = squares.mutable_data_ptr<float>();
+  const auto pass = [&](auto&& use, auto&& end_of_row) {
+    at::parallel_for(0, rows, std::max<int64_t>(1, GRAIN / size), [&](int64_t first, int64_t last) {
+      for (int64_t row = first; row < last; row++) {
+        const V s(points.scale.at(row)), z(points.offset(row));
+        V sum(0.0f);
+        for (int64_t k = row * size, end = k + size; k < end; k += LANES) {
+          const int64_t count = std::min(LANES, end - k);
+          const V place = clamped(part(from + k, count) / s + z, points.low, points.high);
+          const Surrogate f(place - place.round(), bytes(codes + k, count), sharp, top);
+          const V own = part(g + k, count) / at::vec::maximum(f.slope, V(1e-3f)) * f.gap * s;
+          sum = use(k, count, V::blendv(V(0.0f), own, own.abs() <= most), sum);  // what is no number moves nothing
+        }
+        end_of_row(row, sum);
+      }
+    });
+  };
+  pass(
+      [](int64_t, int64_t count, V own, V sum) {
+        const V more = sum + own * own;
+        return count == LANES ? more : V::set(sum, more, count);
+      },
+      [&](int64_t row, V sum) {
+        square_to[row] = at::vec::vec_reduce_all<float>([](V a, V b) { return a + b; }, sum);
+      });
+  double all = 0;
+  for (int64_t row = 0; row < rows; row++) all += square_to[row];
+  const float rms = std::max(float(std::sqrt(all / double(x.numel()))), std::numeric_limits<float>::min());
+  const V factor(float(rate * 255) / rms);
+  pass(
+      [&](int64_t k, int64_t count, V own, V sum) {
+        float moved[LANES] = {};
+        for (int64_t i = 0; i < count; i++) moved[i] = float(codes[k + i]);
+        const V code = (V::loadu(moved) - own * factor + uniform(uint32_t(k), first_draw)).floor();
+        clamped(code, 0, 255).store(moved);
+        for (int64_t i = 0; i < count; i++) codes[k + i] = uint8_t(moved[i]);
+        return sum;
+      },
+      [](int64_t, V) {});
+}
+
 TORCH_LIBRARY_FRAGMENT(lightning_quant, m) {
   m.def("quantize_into(Tensor(a!) y, Tensor x, Tensor scale, Tensor? zero, float fixed, int low, int high) -> ()");
   m.def(
       "gradients_into(Tensor(a!) out, Tensor(b!)? y, Tensor grad, Tensor x, Tensor scale, Tensor? zero, float fixed, int low, "
       "int high, int rule, bool clips, float below, float above, float delta, bool learns, bool interior, "
       "Tensor? theta, Tensor? sharpness, Tensor? pull) -> (Tensor, Tensor)");
+  m.def(
+      "theta_step(Tensor(a!) theta, Tensor grad, Tensor x, Tensor scale, Tensor? zero, float fixed, int low, int high, "
+      "Tensor sharpness, float rate, Tensor start) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(lightning_quant, CPU, m) {
   m.impl("quantize_into", quantize);
   m.impl("gradients_into", gradients);
+  m.impl("theta_step", theta_step);
 }
 
 }  // namespace

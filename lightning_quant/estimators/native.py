@@ -107,6 +107,25 @@ def gradients(
     return Gradients(out, _gathered(of_scale, scale) if learns else None, state, y)
 
 
+def theta_step(
+    settings: Settings,
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero: Tensor | float,
+    table: Tensor | None,
+    drawn: Tensor,
+    *inputs: Tensor,
+) -> Tensor:
+    """``pege.stepped`` in place of a Theta in bytes, where ``fits`` is true."""
+    theta, sharpness, _ = inputs
+    rule: Any = settings.rule
+    points = x, scale, *_points(settings.grid, zero)
+    grad = grad.to(torch.float32).contiguous()
+    torch.ops.lightning_quant.theta_step(theta, grad, *points, sharpness, rule.uint8_lr, drawn)
+    return theta
+
+
 _LIMITS = torch.finfo(torch.float32).eps, torch.finfo(torch.float32).tiny
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_quant.errors import explain, unknown
 from lightning_quant.estimators.base import About, Bins, Estimator, Gradient, Settings, locate
-from lightning_quant.estimators.compiled import one_pass
+from lightning_quant.estimators.compiled import kernels_for, one_pass
 from lightning_quant.noise import seed, uniform
 from lightning_quant.schedule import Schedule, as_schedule
 
@@ -239,10 +239,13 @@ class Pege(Estimator):
             inputs = self.inputs(quantizer, view, scale)
             settings = Settings(quantizer.grid, quantizer.clips, True, quantizer.training, self)
             drawn = seed(quantizer.step, quantizer.salt)
+            given = view, scale, zero, quantizer.table
+            ours = kernels_for(settings, *given, *inputs) if quantizer.compiled else None
             body = partial(one_pass, stepped) if quantizer.compiled else stepped
-            q = body(settings, g, view, scale, zero, quantizer.table, drawn, *inputs)
+            q = getattr(ours, "theta_step", body)(settings, g, *given, drawn, *inputs)
             flat = quantizer.granularity.view(quantizer.theta)
-            quantizer.theta.copy_(quantizer.granularity.unview(q.reshape(flat.shape), quantizer.theta.shape))
+            if q.data_ptr() != flat.data_ptr():
+                quantizer.theta.copy_(quantizer.granularity.unview(q.reshape(flat.shape), quantizer.theta.shape))
 
     def metrics(self, quantizer: FakeQuantizer) -> Mapping[str, Tensor]:
         """Mean and largest b, and mean k if it is learned."""
