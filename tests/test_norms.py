@@ -61,7 +61,7 @@ def case(request):
 def identity_rounding(net: nn.Module) -> nn.Module:
     """Take the rounding out, so that only the folding is left."""
     for _, layer in quant_layers(net):
-        layer.weight_quant.forward = lambda x: x
+        layer.weight_quant.enabled = False
     return net
 
 
