@@ -43,11 +43,11 @@ struct Points {  // scales, zero points or one number, and the outermost codes
   float offset(int64_t row) const { return zero ? zero->at(row) : fixed; }
 };
 
-struct Surrogate {  // PEGE's, of one element each
+struct Surrogate {  // PEGE's, of one element each; 20 units in the last place of an exponential are enough
   V slope, gap, error;
   Surrogate(V error, V b, float sharpness, float top) {
     const V r = error - ((V(-0.0f) & error) | V(0.5f));
-    const V sigmoid = V(1.0f) / (V(1.0f) + (r * V(-2 * sharpness)).exp());
+    const V sigmoid = V(1.0f) / (V(1.0f) + (r * V(-2 * sharpness)).exp_u20());
     slope = (sigmoid - sigmoid * sigmoid) * (V(2 * sharpness / top) * b) + (V(1.0f) - b);
     gap = (sigmoid - V(0.5f)) * V(1 / top) - r;
     const V all = error + gap * b;
@@ -59,11 +59,17 @@ V clamped(V u, float low, float high) { return at::vec::maximum(at::vec::minimum
 
 V part(const float* p, int64_t count) { return count == LANES ? V::loadu(p) : V::loadu(p, count); }
 
-V bytes(const uint8_t* p, int64_t count) {  // as shares of 255
+// Where all lanes are in use the loops have a fixed end, which compilers make vectors of.
+V bytes(const uint8_t* p, int64_t count) {
   float wide[LANES] = {};
-  for (int64_t i = 0; i < count; i++) wide[i] = float(p[i]) * (1.0f / 255);
+  if (count == LANES)
+    for (int64_t i = 0; i < LANES; i++) wide[i] = float(p[i]);
+  else
+    for (int64_t i = 0; i < count; i++) wide[i] = float(p[i]);
   return V::loadu(wide);
 }
+
+const float UNIT = 1.0f / 255;  // of a Theta in bytes
 
 void quantize(Tensor y, const Tensor& x, const Tensor& scale, const std::optional<Tensor>& zero, double fixed,
               int64_t low, int64_t high) {
@@ -118,7 +124,7 @@ std::tuple<Tensor, Tensor> backward(Tensor& out, std::optional<Tensor>& y, const
         V whole = kept, task = kept;
         if constexpr (RULE == SCALED) whole = task = kept + (place - code) * kept.abs() * strength;
         if constexpr (RULE == SURROGATE) {
-          const Surrogate f(place - code, each ? bytes(codes + k, count) : common, sharpness, top);
+          const Surrogate f(place - code, each ? bytes(codes + k, count) * V(UNIT) : common, sharpness, top);
           const V total = kept + f.error * pulls;
           task = kept * f.slope;
           whole = total * f.slope;
@@ -170,8 +176,22 @@ V uniform(uint32_t index, uint32_t start) {
   return V::loadu(drawn);
 }
 
-// A step of PEGE's Theta in bytes, in place, given the gradient of the weight x.
-void theta_step(Tensor theta, const Tensor& grad, const Tensor& x, const Tensor& scale,
+// Theta less its gradient times a factor, rounded by chance: the numbers are noise.py's.  Bytes may alias anything unless
+// it is said that they do not, and loops are made vectors of only then.
+void move(uint8_t* __restrict theta, const float* __restrict own, float factor, uint32_t begin, int64_t first,
+          int64_t last) {
+  for (int64_t k = first; k < last; k++) {
+    uint32_t h = uint32_t(k) + begin;
+    h = (h ^ (h >> 16)) * 0x7FEB352Du;
+    h = (h ^ (h >> 15)) * 0x846CA68Bu;
+    const float drawn = float(int32_t((h ^ (h >> 16)) >> 8)) * 0x1p-24f;
+    const float moved = float(theta[k]) - own[k] * factor + drawn, most = moved < 255 ? moved : 255;
+    theta[k] = uint8_t(int32_t(most > 0 ? most : 0));  // which rounds down
+  }
+}
+
+// A step of PEGE's Theta in bytes, in place, given the gradient of the weight x; spare: memory of its size.
+void theta_step(Tensor theta, Tensor spare, const Tensor& grad, const Tensor& x, const Tensor& scale,
                 const std::optional<Tensor>& zero, double fixed, int64_t low, int64_t high, const Tensor& sharpness,
                 double rate, const Tensor& start) {
   const int64_t size = x.size(-1), rows = x.numel() / size;
@@ -179,49 +199,36 @@ void theta_step(Tensor theta, const Tensor& grad, const Tensor& x, const Tensor&
   const float* from = x.const_data_ptr<float>();
   const float* g = grad.const_data_ptr<float>();
   uint8_t* codes = theta.mutable_data_ptr<uint8_t>();
+  float* own = spare.mutable_data_ptr<float>();  // Theta's gradient
   const float sharp = *sharpness.const_data_ptr<float>(), top = std::tanh(sharp / 2);
-  const uint32_t first_draw = uint32_t(*start.const_data_ptr<int64_t>()) * 0x9E3779B1u;
   const V most(std::numeric_limits<float>::max());
   Tensor squares = at::empty({rows}, x.options());
   float* square_to = squares.mutable_data_ptr<float>();
-  const auto pass = [&](auto&& use, auto&& end_of_row) {
-    at::parallel_for(0, rows, std::max<int64_t>(1, GRAIN / size), [&](int64_t first, int64_t last) {
-      for (int64_t row = first; row < last; row++) {
-        const V s(points.scale.at(row)), z(points.offset(row));
-        V sum(0.0f);
-        for (int64_t k = row * size, end = k + size; k < end; k += LANES) {
-          const int64_t count = std::min(LANES, end - k);
-          const V place = clamped(part(from + k, count) / s + z, points.low, points.high);
-          const Surrogate f(place - place.round(), bytes(codes + k, count), sharp, top);
-          const V own = part(g + k, count) / at::vec::maximum(f.slope, V(1e-3f)) * f.gap * s;
-          sum = use(k, count, V::blendv(V(0.0f), own, own.abs() <= most), sum);  // what is no number moves nothing
-        }
-        end_of_row(row, sum);
+  at::parallel_for(0, rows, std::max<int64_t>(1, GRAIN / size), [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row++) {
+      const V s(points.scale.at(row)), z(points.offset(row));
+      V sum(0.0f);
+      for (int64_t k = row * size, end = k + size; k < end; k += LANES) {
+        const int64_t count = std::min(LANES, end - k);
+        const V place = clamped(part(from + k, count) / s + z, points.low, points.high);
+        const Surrogate f(place - place.round(), bytes(codes + k, count) * V(UNIT), sharp, top);
+        const V all = part(g + k, count) / at::vec::maximum(f.slope, V(1e-3f)) * f.gap * s;
+        const V finite = V::blendv(V(0.0f), all, all.abs() <= most);  // what is no number moves nothing
+        finite.store(own + k, int(count));
+        const V more = sum + finite * finite;
+        sum = count == LANES ? more : V::set(sum, more, count);
       }
-    });
-  };
-  pass(
-      [](int64_t, int64_t count, V own, V sum) {
-        const V more = sum + own * own;
-        return count == LANES ? more : V::set(sum, more, count);
-      },
-      [&](int64_t row, V sum) {
-        square_to[row] = at::vec::vec_reduce_all<float>([](V a, V b) { return a + b; }, sum);
-      });
+      square_to[row] = at::vec::vec_reduce_all<float>([](V a, V b) { return a + b; }, sum);
+    }
+  });
   double all = 0;
   for (int64_t row = 0; row < rows; row++) all += square_to[row];
   const float rms = std::max(float(std::sqrt(all / double(x.numel()))), std::numeric_limits<float>::min());
-  const V factor(float(rate * 255) / rms);
-  pass(
-      [&](int64_t k, int64_t count, V own, V sum) {
-        float moved[LANES] = {};
-        for (int64_t i = 0; i < count; i++) moved[i] = float(codes[k + i]);
-        const V code = (V::loadu(moved) - own * factor + uniform(uint32_t(k), first_draw)).floor();
-        clamped(code, 0, 255).store(moved);
-        for (int64_t i = 0; i < count; i++) codes[k + i] = uint8_t(moved[i]);
-        return sum;
-      },
-      [](int64_t, V) {});
+  const float factor = float(rate * 255) / rms;
+  const uint32_t begin = uint32_t(*start.const_data_ptr<int64_t>()) * 0x9E3779B1u;
+  at::parallel_for(0, x.numel(), GRAIN, [=](int64_t first, int64_t last) {
+    move(codes, own, factor, begin, first, last);
+  });
 }
 
 TORCH_LIBRARY_FRAGMENT(lightning_quant, m) {
@@ -231,8 +238,8 @@ TORCH_LIBRARY_FRAGMENT(lightning_quant, m) {
       "int high, int rule, bool clips, float below, float above, float delta, bool learns, bool interior, "
       "Tensor? theta, Tensor? sharpness, Tensor? pull) -> (Tensor, Tensor)");
   m.def(
-      "theta_step(Tensor(a!) theta, Tensor grad, Tensor x, Tensor scale, Tensor? zero, float fixed, int low, int high, "
-      "Tensor sharpness, float rate, Tensor start) -> ()");
+      "theta_step(Tensor(a!) theta, Tensor(b!) spare, Tensor grad, Tensor x, Tensor scale, Tensor? zero, float fixed, int low, "
+      "int high, Tensor sharpness, float rate, Tensor start) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(lightning_quant, CPU, m) {

@@ -22,9 +22,10 @@ from lightning_quant.estimators.ewgs import Ewgs
 from lightning_quant.estimators.pege import Pege
 from lightning_quant.grid import Grid, beyond
 from lightning_quant.native import load
+from lightning_quant.scratch import scratch
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-ffp-contract=off", "-fno-math-errno")
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 VECTORS = {"avx512_f": "AVX512", "avx2": "AVX2"}  # what PyTorch's headers call them, the widest first
 STRAIGHT, SCALED, SURROGATE = range(3)
 
@@ -122,7 +123,9 @@ def theta_step(
     rule: Any = settings.rule
     points = x, scale, *_points(settings.grid, zero)
     grad = grad.to(torch.float32).contiguous()
-    torch.ops.lightning_quant.theta_step(theta, grad, *points, sharpness, rule.uint8_lr, drawn)
+    spare = scratch(x)
+    spare = torch.empty_like(x) if spare is None else spare
+    torch.ops.lightning_quant.theta_step(theta, spare, grad, *points, sharpness, rule.uint8_lr, drawn)
     return theta
 
 
