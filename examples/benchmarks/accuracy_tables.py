@@ -33,7 +33,7 @@ def intro(results: dict[str, Any]) -> str:
         "methods start from the same float checkpoint and see the same data in the same order for the same number of "
         "steps, each at the learning rate that was best on a held-out part (the sweep goes on beyond its ends). Up to "
         f"{n} paired seeds; +-: 95 % interval of the mean paired difference by Student's t; the hard low-bit model is "
-        "measured on a test part that no choice has seen. All cells: "
+        "measured on a test part that no learning rate was chosen on. All cells: "
         "[accuracy.md](examples/benchmarks/results/accuracy.md)."
     )
 
