@@ -1,8 +1,8 @@
-"""The same arithmetic in one pass over memory each way: ``quantized`` and ``gradients`` through PyTorch's compiler.
+"""The same arithmetic in one pass over memory each way: by kernels of our own, else through PyTorch's compiler.
 
 Every method's formulas are compiled as they stand, for processors and GPUs alike, so there is no second version of
-any but of the ``kernels``.  A kernel is shared by all layers with the same settings; sizes may differ but for
-the innermost, which the granularity fixes.  On CPUs its forward has the bits of the uncompiled one.
+any but what ``kernels`` and ``native`` hold.  A kernel is shared by all layers with the same settings; sizes may differ
+but for the innermost, which the granularity fixes.  On CPUs its forward has the bits of the uncompiled one.
 """
 
 from __future__ import annotations

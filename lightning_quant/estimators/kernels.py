@@ -94,7 +94,7 @@ def quantized(
     spare: Tensor | None = None,
 ) -> Tensor:
     """``base.quantized`` where ``covers`` is true, by the operator."""
-    y: Tensor = torch.ops.lightning_quant.fake_quantize(x, scale, *_points(settings.grid, zero))
+    y: Tensor = torch.ops.lightning_quant.fake_quantize(x, scale, *points(settings.grid, zero))
     return y
 
 
@@ -120,14 +120,14 @@ def gradients(
         name, own = "pege", inputs
     constants = name, mask, delta, clips, learns, interior
     operator = torch.ops.lightning_quant.fake_quantize_backward
-    given, moved, theta = operator(grad, x, scale, *_points(grid, zero), *constants, *own)
+    given, moved, theta = operator(grad, x, scale, *points(grid, zero), *constants, *own)
     shared = own[0] is not None and own[0].is_floating_point()
     state = (theta if shared else None, None, None) if name == "pege" else (None,) * len(inputs)
     y = quantized(settings, x, scale, zero, table, *inputs) if again else None
     return Gradients(given, moved if learns else None, state, y)
 
 
-def _points(grid: Grid, zero: Tensor | float) -> tuple[Tensor | None, float, int, int]:
+def points(grid: Grid, zero: Tensor | float) -> tuple[Tensor | None, float, int, int]:
     """Zero points or one number, lowest and highest code."""
     tensor, number = (zero, 0.0) if isinstance(zero, Tensor) else (None, float(zero))
     return tensor, number, grid.low, grid.high

@@ -20,7 +20,7 @@ from lightning_quant.estimators import kernels
 from lightning_quant.estimators.base import Gradients, Settings
 from lightning_quant.estimators.ewgs import Ewgs
 from lightning_quant.estimators.pege import Pege
-from lightning_quant.grid import Grid, beyond
+from lightning_quant.grid import beyond
 from lightning_quant.native import load
 from lightning_quant.scratch import scratch
 
@@ -70,7 +70,7 @@ def quantized(
 ) -> Tensor:
     """``base.quantized``, where ``fits`` is true."""
     y = torch.empty_like(x) if spare is None else spare
-    torch.ops.lightning_quant.quantize_into(y, x, scale, *_points(settings.grid, zero))
+    torch.ops.lightning_quant.quantize_into(y, x, scale, *kernels.points(settings.grid, zero))
     return y
 
 
@@ -100,7 +100,7 @@ def gradients(
         kind, own = SURROGATE, inputs  # type: ignore[assignment]
     constants = kind, clips, below, above, delta, learns, interior
     of_scale, of_theta = torch.ops.lightning_quant.gradients_into(
-        out, y, grad, x, scale, *_points(grid, zero), *constants, *own
+        out, y, grad, x, scale, *kernels.points(grid, zero), *constants, *own
     )
     state: tuple[Tensor | None, ...] = (None,) * len(inputs)
     if kind == SURROGATE and of_theta.numel():
@@ -121,7 +121,7 @@ def theta_step(
     """``pege.stepped`` in place of a Theta in bytes, where ``fits`` is true."""
     theta, sharpness, _ = inputs
     rule: Any = settings.rule
-    points = x, scale, *_points(settings.grid, zero)
+    points = x, scale, *kernels.points(settings.grid, zero)
     grad = grad.to(torch.float32).contiguous()
     spare = scratch(x)
     spare = torch.empty_like(x) if spare is None else spare
@@ -139,8 +139,3 @@ def _gathered(rows: Tensor, like: Tensor) -> Tensor:
         if rows.numel() != like.numel()
         else rows.view_as(like)
     )
-
-
-def _points(grid: Grid, zero: Tensor | float) -> tuple[Tensor | None, float, int, int]:
-    tensor, number = (zero, 0.0) if isinstance(zero, Tensor) else (None, float(zero))
-    return tensor, number, grid.low, grid.high
