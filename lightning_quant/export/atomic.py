@@ -53,7 +53,7 @@ class Journal:
     def add(self, shard: dict[str, Any]) -> None:
         """Note a finished shard."""
         self.shards.append(shard)
-        temporary = self.path.with_name(f"{self.path.name}.tmp")
+        temporary = self.path.with_suffix("") / "journal.tmp"  # among what is unfinished: removed with it
         temporary.write_text(json.dumps({"fingerprint": self.fingerprint, "shards": self.shards}), encoding="utf-8")
         flush(temporary)
         os.replace(temporary, self.path)

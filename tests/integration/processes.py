@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -21,10 +20,9 @@ def start(
     """Run ``python WORDS``, under torchrun when ``processes`` > 1, to its end."""
     command = [sys.executable]
     if processes > 1:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+        # standalone: torchrun itself binds a free port and keeps it, so that nobody takes it in between
+        launch = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", processes]
+        command += ["-m", "torch.distributed.run", *map(str, launch)]
     command += map(str, words)
     given = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **(env or {})}
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=given, timeout=240, check=False)
