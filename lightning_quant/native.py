@@ -17,26 +17,28 @@ import torch
 log = logging.getLogger(__name__)
 
 
-def load(source: Path, flags: Sequence[str]) -> None:
+def load(source: Path, flags: Sequence[str], includes: Sequence[Path] = ()) -> None:
     """Load the operators that a source file registers, compiling it if that was not done before.
 
     Args:
         source: C++.
         flags: Of the compiler.
+        includes: Files of ours that it includes.
 
     Raises:
         Exception: Whatever a missing or broken compiler raises.
     """
-    torch.ops.load_library(_library(source, flags))  # type: ignore[no-untyped-call]
+    torch.ops.load_library(_library(source, flags, includes))  # type: ignore[no-untyped-call]
 
 
-def _library(source: Path, flags: Sequence[str]) -> Path:
+def _library(source: Path, flags: Sequence[str], includes: Sequence[Path]) -> Path:
     """The compiled file; its name tells source, PyTorch and processor, since a cluster's machines share the folder."""
     from torch.utils import cpp_extension
 
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    made_from = (source.read_text(encoding="utf-8"), flags, torch.__version__, sorted(capabilities.items()))
+    texts = [file.read_text(encoding="utf-8") for file in (source, *includes)]
+    made_from = (texts, flags, torch.__version__, sorted(capabilities.items()))
     digest = hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]
     name = f"{source.parent.name}_{source.stem}"
     library = Path(root) / "lightning_quant" / f"{name}_{digest}.so"

@@ -13,7 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from lightning_quant import zero
-from lightning_quant.estimators import Deferred
+from lightning_quant.estimators import Deferred, native
 from lightning_quant.quantizer import FakeQuantizer
 from lightning_quant.scratch import scratch
 
@@ -47,6 +47,8 @@ def rounded_product(layer: Any, x: Tensor) -> Tensor | None:
         if inner is None:  # among others what layers with the same input share
             x = of_input(x)
     (way, tensors), (inner_way, inner_tensors) = own, inner or (None, ())
+    if (y := native.rounded_linear(x, weight, layer.bias, way, tensors, inner_way, inner_tensors)) is not None:
+        return y
     arguments = (x, weight, layer.bias, way, inner_way, *tensors, *inner_tensors)
     return _RoundedProduct.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
 

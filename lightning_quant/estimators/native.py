@@ -10,21 +10,25 @@ from __future__ import annotations
 import functools
 import logging
 import sys
+from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_quant.estimators import kernels
-from lightning_quant.estimators.base import Gradients, Settings
+from lightning_quant.estimators.base import Estimator, Gradients, Settings
 from lightning_quant.estimators.ewgs import Ewgs
 from lightning_quant.estimators.pege import Pege
-from lightning_quant.grid import beyond
+from lightning_quant.grid import Grid, beyond
 from lightning_quant.native import load
 from lightning_quant.scratch import scratch
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+if TYPE_CHECKING:
+    from lightning_quant.estimators.deferred import Deferred, Tensors
+
+SOURCE, KERNELS = (Path(__file__).with_name(name) for name in ("operators.cpp", "kernels.h"))
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 VECTORS = {"avx512_f": "AVX512", "avx2": "AVX2"}  # what PyTorch's headers call them, the widest first
 STRAIGHT, SCALED, SURROGATE = range(3)
@@ -40,7 +44,7 @@ def is_built() -> bool:
     if sys.platform != "linux" or name is None:
         return False
     try:
-        load(SOURCE, (*FLAGS, f"-DCPU_CAPABILITY={name}", f"-DCPU_CAPABILITY_{name}"))
+        load(SOURCE, (*FLAGS, f"-DCPU_CAPABILITY={name}", f"-DCPU_CAPABILITY_{name}"), [KERNELS])
     except Exception as error:  # whatever a missing or broken compiler raises: PyTorch's compiler takes over
         cure = "pip install 'lightning-quant[runtime]' and have a C++ compiler on PATH"
         log.warning("no compiled kernels for fake quantization (%s): %s", cure, error)
@@ -52,11 +56,17 @@ def fits(
     settings: Settings, x: Tensor, scale: Tensor, zero: Tensor | float, table: Tensor | None, *inputs: Any
 ) -> bool:
     """Whether these do a quantizer's work: ``kernels`` cover it, in float32 and in one piece, on a processor."""
-    if not x.is_cpu or not kernels.covers(settings, x, scale, zero, table, *inputs):
+    if not x.is_cpu:
         return False
+    grid, clips, interior, _, rule = settings
     given = [t for t in (x, scale, zero, *inputs) if isinstance(t, Tensor)]
-    right = all(t.is_contiguous() and t.dtype in (torch.float32, torch.uint8) for t in given)
-    return right and is_built()
+    kinds = [(type(t), t.shape, t.dtype, t.is_contiguous()) for t in given]
+    key = (id(rule), id(grid), clips, interior, isinstance(zero, Tensor), table is None, *kinds)
+    if key not in _known:  # looking closely takes longer than rounding a small layer
+        right = all(t.is_contiguous() and t.dtype in (torch.float32, torch.uint8) for t in given)
+        found = right and kernels.covers(settings, x, scale, zero, table, *inputs) and is_built()
+        _known[key] = found, rule, grid  # objects in an entry keep their ids
+    return _known[key][0]
 
 
 def quantized(
@@ -87,23 +97,16 @@ def gradients(
     again: bool = False,
 ) -> Gradients:
     """``base.gradients``, where ``fits`` is true."""
-    grid, clips, interior, _, rule = settings
     grad = grad.to(torch.float32).contiguous()
     out = torch.empty_like(x) if spare is None else grad
     y = (torch.empty_like(x) if spare is None else spare) if again else None
-    low, high = grid.span(rule.edges(grid)) if clips else (0.0, 0.0)
-    below, above = -beyond(-low, *_LIMITS), beyond(high, *_LIMITS)
-    kind, delta, own = STRAIGHT, 0.0, (None, None, None)
-    if isinstance(rule, Ewgs):
-        kind, delta = SCALED, float(rule.delta)
-    elif isinstance(rule, Pege):
-        kind, own = SURROGATE, inputs  # type: ignore[assignment]
-    constants = kind, clips, below, above, delta, learns, interior
+    rule = _rule(settings)
+    constants = rule.kind, settings.clips, rule.below, rule.above, rule.delta, learns, settings.interior
     of_scale, of_theta = torch.ops.lightning_quant.gradients_into(
-        out, y, grad, x, scale, *kernels.points(grid, zero), *constants, *own
+        out, y, grad, x, scale, *kernels.points(settings.grid, zero), *constants, *_own(rule, inputs)
     )
     state: tuple[Tensor | None, ...] = (None,) * len(inputs)
-    if kind == SURROGATE and of_theta.numel():
+    if rule.kind == SURROGATE and of_theta.numel():
         state = (_gathered(of_theta, inputs[0]), *state[1:])
     return Gradients(out, _gathered(of_scale, scale) if learns else None, state, y)
 
@@ -129,7 +132,89 @@ def theta_step(
     return theta
 
 
+def rounded_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    way: Deferred,
+    tensors: Tensors,
+    inner: Deferred | None = None,
+    inner_tensors: Tensors = (),
+) -> Tensor | None:
+    """``rounded_product`` as one node of autograd in C++, or None where these kernels do not do the work.
+
+    Python's part of a node, a fifth of a millisecond where other work has emptied the caches, is more than the rounding
+    of a layer of a million weights.
+
+    Args:
+        x: Input, (..., in).
+        weight: (out, in).
+        bias: (out,) or None.
+        way: How the weight is rounded.
+        tensors: Its tensors.
+        inner: How the input is, if it is rounded here.
+        inner_tensors: Its tensors.
+
+    Returns:
+        (..., out); its gradient cannot be differentiated again.
+    """
+    if not way.compiled or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return None
+    if not _takes(way, weight, tensors):
+        return None
+    x = x.contiguous()
+    own = _own(_rule(way.settings), tensors[3:])
+    inputs: tuple[Any, ...] = ((), None, None)
+    if inner is not None:
+        if not _takes(inner, x, inner_tensors) or _rule(inner.settings).kind == SURROGATE:
+            return None
+        inputs = (_constants(inner), *inner_tensors[:2])
+    given = (x, weight, bias, _constants(way), *tensors[:2], *own, *inputs)
+    return torch.ops.lightning_quant.rounded_linear(*given)  # type: ignore[no-any-return]
+
+
+def _takes(way: Deferred, x: Tensor, tensors: Tensors) -> bool:
+    scale, zero, *rest = tensors
+    assert scale is not None
+    return fits(way.settings, x.reshape(way.shape), scale, way.zero if zero is None else zero, *rest)
+
+
+class _Rule(NamedTuple):
+    """A rule in numbers: places from ``below`` down and ``above`` up have no gradient."""
+
+    kind: int
+    below: float
+    above: float
+    delta: float
+
+
 _LIMITS = torch.finfo(torch.float32).eps, torch.finfo(torch.float32).tiny
+_known: dict[Hashable, tuple[bool, Estimator, Grid]] = {}
+_rules: dict[Hashable, tuple[_Rule, Estimator, Grid]] = {}
+
+
+def _rule(settings: Settings) -> _Rule:
+    grid, clips, _, _, rule = settings
+    key = id(grid), clips, id(rule)
+    if key not in _rules:
+        low, high = grid.span(rule.edges(grid)) if clips else (0.0, 0.0)
+        kind = SCALED if isinstance(rule, Ewgs) else SURROGATE if isinstance(rule, Pege) else STRAIGHT
+        delta = float(rule.delta) if isinstance(rule, Ewgs) else 0.0
+        _rules[key] = _Rule(kind, -beyond(-low, *_LIMITS), beyond(high, *_LIMITS), delta), rule, grid
+    return _rules[key][0]
+
+
+def _own(rule: _Rule, inputs: Sequence[Any]) -> tuple[Any, ...]:
+    """Theta, sharpness and pull."""
+    return tuple(inputs) if rule.kind == SURROGATE else (None, None, None)
+
+
+def _constants(way: Deferred) -> list[float]:
+    """What operators.cpp reads them as."""
+    grid, clips, interior, *_ = way.settings
+    rule = _rule(way.settings)
+    numbers = way.shape[-1], grid.low, grid.high, rule.kind, clips, interior
+    return [*map(float, numbers), way.zero, rule.below, rule.above, rule.delta, way.factor]
 
 
 def _gathered(rows: Tensor, like: Tensor) -> Tensor:

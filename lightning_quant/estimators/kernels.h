@@ -1,12 +1,13 @@
 // Fake quantization in one pass over memory each way, float32, on processors: kernels.py says what it computes.
 // The caller checks types, sizes and that everything is contiguous.
 
+#pragma once
+
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include <cmath>
 #include <cstdint>
@@ -22,7 +23,7 @@ using V = at::vec::Vectorized<float>;
 constexpr int64_t LANES = V::size();
 constexpr int64_t GRAIN = 16384;  // elements that are worth a thread
 
-enum Rule { STRAIGHT, SCALED, SURROGATE };
+enum Rule { STRAIGHT, SCALED, SURROGATE, SURROGATE_BYTES };  // the last: Theta in bytes, one for each element
 
 // What a row of blocks is read with; shared by runs of rows.
 struct Shared {
@@ -43,19 +44,51 @@ struct Points {  // scales, zero points or one number, and the outermost codes
   float offset(int64_t row) const { return zero ? zero->at(row) : fixed; }
 };
 
-struct Surrogate {  // PEGE's, of one element each; 20 units in the last place of an exponential are enough
-  V slope, gap, error;
-  Surrogate(V error, V b, float sharpness, float top) {
-    const V r = error - ((V(-0.0f) & error) | V(0.5f));
-    const V sigmoid = V(1.0f) / (V(1.0f) + (r * V(-2 * sharpness)).exp_u20());
-    slope = (sigmoid - sigmoid * sigmoid) * (V(2 * sharpness / top) * b) + (V(1.0f) - b);
-    gap = (sigmoid - V(0.5f)) * V(1 / top) - r;
-    const V all = error + gap * b;
-    this->error = V::blendv(all, V(0.0f), all.abs() <= V(4 * std::numeric_limits<float>::epsilon()));
-  }
+V clamped(V u, float low, float high) { return at::vec::clamp(u, V(low), V(high)); }  // NaN stays
+
+// What vectors of 512 bits do with masks in a third of the instructions.
+#ifdef CPU_CAPABILITY_AVX512
+V inside(V given, V u, V least, V most) {
+  const __mmask16 above = _mm512_cmp_ps_mask(u, least, _CMP_NLE_UQ);
+  return _mm512_maskz_mov_ps(_mm512_mask_cmp_ps_mask(above, u, most, _CMP_NGE_UQ), given);
+}
+V beyond(V x, float most) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.abs(), V(most), _CMP_NLE_UQ), x); }
+V inverse(V x) {
+  const V near(_mm512_rcp14_ps(x));
+  return near * (V(2.0f) - x * near);
+}
+// 2^x off by 1e-7 of it: the best polynomial of degree 5 between integers.
+V power_of_two(V x) {
+  const V whole = x.round(), f = x - whole;
+  V y(0.00132765f);
+  for (const float c : {0.00967554f, 0.05550713f, 0.2402212f, 0.69314697f, 1.0f}) y = at::vec::fmadd(y, f, V(c));
+  return V(_mm512_scalef_ps(y, whole));
+}
+#else
+V inside(V given, V u, V least, V most) { return V::blendv(given, V(0.0f), (u <= least) | (u >= most)); }
+V beyond(V x, float most) { return V::blendv(x, V(0.0f), x.abs() <= V(most)); }
+V inverse(V x) { return V(1.0f) / x; }
+V power_of_two(V x) { return (x * V(0.69314718f)).exp_u20(); }
+#endif
+
+// PEGE's surrogate: what of it is the same for all elements,
+struct Sharpness {
+  float rate, stretch, steepness;
+  explicit Sharpness(float k) : rate(-2 * k / std::log(2.0f)), stretch(1 / std::tanh(k / 2)), steepness(2 * k * stretch) {}
 };
 
-V clamped(V u, float low, float high) { return at::vec::maximum(at::vec::minimum(u, V(high)), V(low)); }  // NaN stays
+// and what is not.  t is a half of the hyperbolic tangent of k times the distance to the middle of a bin.
+struct Surrogate {
+  V slope, gap, error;
+  Surrogate(V error, V b, V rest, const Sharpness& k) {  // rest: 1 - b
+    const V r = error - ((V(-0.0f) & error) | V(0.5f));
+    const V power = power_of_two(at::vec::clamp_max(r * V(k.rate), V(100.0f)));
+    const V t = inverse(V(1.0f) + power) - V(0.5f);
+    slope = at::vec::fmadd((V(0.25f) - t * t) * V(k.steepness), b, rest);
+    gap = at::vec::fmsub(t, V(k.stretch), r);
+    this->error = beyond(at::vec::fmadd(gap, b, error), 4 * std::numeric_limits<float>::epsilon());
+  }
+};
 
 V part(const float* p, int64_t count) { return count == LANES ? V::loadu(p) : V::loadu(p, count); }
 
@@ -100,36 +133,37 @@ std::tuple<Tensor, Tensor> backward(Tensor& out, std::optional<Tensor>& y, const
   const float* g = grad.const_data_ptr<float>();
   float* moved = out.mutable_data_ptr<float>();
   float* to = y ? y->mutable_data_ptr<float>() : nullptr;
-  const bool each = RULE == SURROGATE && theta->scalar_type() == at::kByte, learns_theta = RULE == SURROGATE && !each;
+  constexpr bool each = RULE == SURROGATE_BYTES, learns_theta = RULE == SURROGATE;
   const uint8_t* codes = each ? theta->const_data_ptr<uint8_t>() : nullptr;
   std::optional<Shared> shared;
   if (learns_theta) shared.emplace(*theta, rows);
   Tensor of_scale = at::empty({LEARNS ? rows : 0}, x.options()), of_theta = at::empty({learns_theta ? rows : 0}, x.options());
   float* scale_to = of_scale.mutable_data_ptr<float>();
   float* theta_to = of_theta.mutable_data_ptr<float>();
-  const float top = std::tanh(sharpness / 2);
+  const Sharpness curve(sharpness);
   const V least(clips ? float(below) : -std::numeric_limits<float>::infinity());
   const V most(clips ? float(above) : std::numeric_limits<float>::infinity());
   const V strength = V(float(delta / (points.high - points.low)));
   at::parallel_for(0, rows, std::max<int64_t>(1, GRAIN / size), [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; row++) {
       const float scale = points.scale.at(row);
-      const V s(scale), z(points.offset(row)), pulls(scale * pull), common(learns_theta ? shared->at(row) : 0.0f);
+      const V s(scale), z(points.offset(row)), pulls(scale * pull), common(learns_theta ? shared->at(row) : 0.0f), rest = V(1.0f) - common;
       V scale_sum(0.0f), theta_sum(0.0f);
       for (int64_t k = row * size, end = k + size; k < end; k += LANES) {
         const int64_t count = std::min(LANES, end - k);
         const V given = part(g + k, count), u = part(from + k, count) / s + z;
-        const V kept = clips ? V::blendv(given, V(0.0f), (u <= least) | (u >= most)) : given;
+        const V kept = clips ? inside(given, u, least, most) : given;
         const V place = clamped(u, points.low, points.high), code = place.round();
         V whole = kept, task = kept;
         if constexpr (RULE == SCALED) whole = task = kept + (place - code) * kept.abs() * strength;
-        if constexpr (RULE == SURROGATE) {
-          const Surrogate f(place - code, each ? bytes(codes + k, count) * V(UNIT) : common, sharpness, top);
-          const V total = kept + f.error * pulls;
+        if constexpr (each || learns_theta) {
+          const V b = each ? bytes(codes + k, count) * V(UNIT) : common;
+          const Surrogate f(place - code, b, each ? V(1.0f) - b : rest, curve);
+          const V total = at::vec::fmadd(f.error, pulls, kept);
           task = kept * f.slope;
           whole = total * f.slope;
-          if (learns_theta) {
-            const V sum = theta_sum + f.gap * total;
+          if constexpr (learns_theta) {
+            const V sum = at::vec::fmadd(f.gap, total, theta_sum);
             theta_sum = count == LANES ? sum : V::set(theta_sum, sum, count);
           }
         }
@@ -142,7 +176,7 @@ std::tuple<Tensor, Tensor> backward(Tensor& out, std::optional<Tensor>& y, const
       }
       const auto add = [](V a, V b) { return a + b; };
       if constexpr (LEARNS) scale_to[row] = at::vec::vec_reduce_all<float>(add, scale_sum);
-      if (learns_theta) theta_to[row] = at::vec::vec_reduce_all<float>(add, theta_sum) * scale;
+      if constexpr (learns_theta) theta_to[row] = at::vec::vec_reduce_all<float>(add, theta_sum) * scale;
     }
   });
   return {of_scale, of_theta};
@@ -161,7 +195,8 @@ std::tuple<Tensor, Tensor> gradients(Tensor out, std::optional<Tensor> y, const 
   };
   if (rule == STRAIGHT) return learns ? run(backward<STRAIGHT, true>) : run(backward<STRAIGHT, false>);
   if (rule == SCALED) return learns ? run(backward<SCALED, true>) : run(backward<SCALED, false>);
-  return learns ? run(backward<SURROGATE, true>) : run(backward<SURROGATE, false>);
+  if (theta->scalar_type() != at::kByte) return learns ? run(backward<SURROGATE, true>) : run(backward<SURROGATE, false>);
+  return learns ? run(backward<SURROGATE_BYTES, true>) : run(backward<SURROGATE_BYTES, false>);
 }
 
 // Numbers in [0, 1): noise.py's, of places in memory.
@@ -200,7 +235,7 @@ void theta_step(Tensor theta, Tensor spare, const Tensor& grad, const Tensor& x,
   const float* g = grad.const_data_ptr<float>();
   uint8_t* codes = theta.mutable_data_ptr<uint8_t>();
   float* own = spare.mutable_data_ptr<float>();  // Theta's gradient
-  const float sharp = *sharpness.const_data_ptr<float>(), top = std::tanh(sharp / 2);
+  const Sharpness curve(*sharpness.const_data_ptr<float>());
   const V most(std::numeric_limits<float>::max());
   Tensor squares = at::empty({rows}, x.options());
   float* square_to = squares.mutable_data_ptr<float>();
@@ -211,8 +246,9 @@ void theta_step(Tensor theta, Tensor spare, const Tensor& grad, const Tensor& x,
       for (int64_t k = row * size, end = k + size; k < end; k += LANES) {
         const int64_t count = std::min(LANES, end - k);
         const V place = clamped(part(from + k, count) / s + z, points.low, points.high);
-        const Surrogate f(place - place.round(), bytes(codes + k, count) * V(UNIT), sharp, top);
-        const V all = part(g + k, count) / at::vec::maximum(f.slope, V(1e-3f)) * f.gap * s;
+        const V b = bytes(codes + k, count) * V(UNIT);
+        const Surrogate f(place - place.round(), b, V(1.0f) - b, curve);
+        const V all = part(g + k, count) * inverse(at::vec::clamp_min(f.slope, V(1e-3f))) * f.gap * s;
         const V finite = V::blendv(V(0.0f), all, all.abs() <= most);  // what is no number moves nothing
         finite.store(own + k, int(count));
         const V more = sum + finite * finite;
@@ -229,23 +265,6 @@ void theta_step(Tensor theta, Tensor spare, const Tensor& grad, const Tensor& x,
   at::parallel_for(0, x.numel(), GRAIN, [=](int64_t first, int64_t last) {
     move(codes, own, factor, begin, first, last);
   });
-}
-
-TORCH_LIBRARY_FRAGMENT(lightning_quant, m) {
-  m.def("quantize_into(Tensor(a!) y, Tensor x, Tensor scale, Tensor? zero, float fixed, int low, int high) -> ()");
-  m.def(
-      "gradients_into(Tensor(a!) out, Tensor(b!)? y, Tensor grad, Tensor x, Tensor scale, Tensor? zero, float fixed, int low, "
-      "int high, int rule, bool clips, float below, float above, float delta, bool learns, bool interior, "
-      "Tensor? theta, Tensor? sharpness, Tensor? pull) -> (Tensor, Tensor)");
-  m.def(
-      "theta_step(Tensor(a!) theta, Tensor(b!) spare, Tensor grad, Tensor x, Tensor scale, Tensor? zero, float fixed, int low, "
-      "int high, Tensor sharpness, float rate, Tensor start) -> ()");
-}
-
-TORCH_LIBRARY_IMPL(lightning_quant, CPU, m) {
-  m.impl("quantize_into", quantize);
-  m.impl("gradients_into", gradients);
-  m.impl("theta_step", theta_step);
 }
 
 }  // namespace

@@ -1,0 +1,157 @@
+// Operators of the kernels, and the product of a Linear layer with rounded operands as one node of autograd.
+
+#include "kernels.h"
+
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/_unsafe_view.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// A quantizer: the constants that native.py's ``constants`` lists, in its order, and its tensors.
+struct Rounder {
+  int64_t size, low, high, rule;
+  bool clips, interior;
+  double fixed, below, above, delta, factor;
+  Tensor scale;
+  std::optional<Tensor> zero, theta, sharpness, pull;
+
+  Rounder(c10::ArrayRef<double> c, Tensor scale, std::optional<Tensor> zero, std::optional<Tensor> theta = {},
+          std::optional<Tensor> sharpness = {}, std::optional<Tensor> pull = {})
+      : size(int64_t(c[0])), low(int64_t(c[1])), high(int64_t(c[2])), rule(int64_t(c[3])), clips(c[4] != 0),
+        interior(c[5] != 0), fixed(c[6]), below(c[7]), above(c[8]), delta(c[9]), factor(c[10]), scale(std::move(scale)),
+        zero(std::move(zero)), theta(std::move(theta)), sharpness(std::move(sharpness)), pull(std::move(pull)) {}
+
+  bool passes(bool learns) const { return !clips && rule == STRAIGHT && !learns; }
+
+  Tensor blocks(const Tensor& x) const { return x.view({-1, size}); }
+
+  Tensor rounded(const Tensor& x, const Tensor& into) const {
+    quantize(blocks(into), blocks(x), scale, zero, fixed, low, high);
+    return into;
+  }
+
+  // In place of grad: gradients of the scale and of a shared Theta; y, if given, takes the rounded x.
+  std::tuple<Tensor, Tensor> pull_back(Tensor& grad, const Tensor& x, bool learns, const std::optional<Tensor>& y) const {
+    Tensor of_scale, of_theta, moved = blocks(grad);
+    if (passes(learns)) {
+      if (y) rounded(x, *y);
+      return {of_scale, of_theta};
+    }
+    std::optional<Tensor> again;
+    if (y) again = blocks(*y);
+    std::tie(of_scale, of_theta) = gradients(moved, again, moved, blocks(x), scale, zero, fixed, low, high, rule, clips, below,
+                                             above, delta, learns, interior, theta, sharpness, pull);
+    return {learns ? gathered(of_scale, scale).mul_(factor) : Tensor(), of_theta.numel() ? gathered(of_theta, *theta) : Tensor()};
+  }
+
+  // Sums of rows added up for what shares an entry.
+  static Tensor gathered(const Tensor& rows, const Tensor& like) {
+    return (rows.numel() == like.numel() ? rows : rows.view({like.numel(), -1}).sum(1)).view(like.sizes());
+  }
+};
+
+// Memory for what lives for one operation, which stays in the processor's cache: as scratch.py's.
+Tensor scratch(const Tensor& like) {
+  static thread_local Tensor held;
+  constexpr int64_t LARGEST = 1 << 24;
+  if (like.numel() > LARGEST) return at::empty_like(like);
+  if (!held.defined() || held.numel() < like.numel()) held = at::empty({like.numel()}, like.options());
+  return held.narrow(0, 0, like.numel()).view(like.sizes());
+}
+
+std::optional<Tensor> given(const Tensor& t) { return t.defined() ? std::optional<Tensor>(t) : std::nullopt; }
+
+struct RoundedLinear : torch::autograd::Function<RoundedLinear> {
+  using Maybe = std::optional<Tensor>;
+
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const Maybe& bias,
+                        const std::vector<double>& way, const Tensor& scale, const Maybe& zero, const Maybe& theta,
+                        const Maybe& sharpness, const Maybe& pull, const std::vector<double>& inner, const Maybe& inner_scale,
+                        const Maybe& inner_zero) {
+    const auto kept = [](const Maybe& t) { return t ? *t : Tensor(); };
+    ctx->save_for_backward({x, weight, scale, kept(zero), kept(theta), kept(sharpness), kept(pull), kept(inner_scale), kept(inner_zero)});
+    ctx->saved_data["way"] = way;
+    ctx->saved_data["inner"] = inner;
+    ctx->saved_data["bias"] = bias.has_value();
+    const Rounder own(way, scale, zero);
+    Tensor rounded = x;
+    if (inner_scale) rounded = Rounder(inner, *inner_scale, inner_zero).rounded(x, at::empty_like(x));
+    const Tensor y = at::linear(rounded, own.rounded(weight, scratch(weight)), bias);
+    return at::_unsafe_view(y, y.sizes());  // which may be changed in place
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    TORCH_CHECK(!at::GradMode::is_enabled(), "QuantConfig.compile: expected a gradient that is not differentiated again, got ",
+                "create_graph=True. Set compile=False.");
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &x = saved[0], &weight = saved[1];
+    const auto way = ctx->saved_data["way"].toDoubleVector(), inner = ctx->saved_data["inner"].toDoubleVector();
+    const Rounder own(way, saved[2], given(saved[3]), given(saved[4]), given(saved[5]), given(saved[6]));
+    std::optional<Rounder> input;
+    if (saved[7].defined()) input.emplace(inner, saved[7], given(saved[8]));
+    size_t edge = 0;
+    const auto wants = [&](bool present) { return present && ctx->needs_input_grad(edge++); };
+    const bool of_x = wants(true), of_weight = wants(true), of_bias = wants(ctx->saved_data["bias"].toBool());
+    const bool of_scale = wants(true);
+    wants(own.zero.has_value());
+    const bool of_theta = wants(own.theta.has_value());
+    wants(own.sharpness.has_value());
+    wants(own.pull.has_value());
+    const bool of_inner = wants(input.has_value());
+    const Tensor grad = grads[0].reshape({-1, weight.size(0)}), rows = x.view({-1, x.size(-1)});
+    const bool of_input = of_x || of_inner;
+    Tensor to_x, to_weight, to_bias, to_scale, to_theta, to_inner, y;
+    if (of_weight || of_scale || of_theta) {
+      to_weight = at::mm(grad.t(), input ? input->rounded(rows, at::empty_like(rows)) : rows);
+      if (of_input) y = scratch(weight);
+      std::tie(to_scale, to_theta) = own.pull_back(to_weight, weight, of_scale, given(y));
+    }
+    if (of_input) {
+      if (!y.defined()) y = own.rounded(weight, scratch(weight));
+      to_x = at::mm(grad, y).view(x.sizes());
+      if (input) std::tie(to_inner, std::ignore) = input->pull_back(to_x, x, of_inner, {});
+    }
+    if (of_bias) to_bias = grad.sum(0);
+    const Tensor none;
+    return {to_x, to_weight, to_bias, none, to_scale, none, to_theta, none, none, none, to_inner, none};
+  }
+};
+
+Tensor rounded_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, std::vector<double> way,
+                      const Tensor& scale, const std::optional<Tensor>& zero, const std::optional<Tensor>& theta,
+                      const std::optional<Tensor>& sharpness, const std::optional<Tensor>& pull, std::vector<double> inner,
+                      const std::optional<Tensor>& inner_scale, const std::optional<Tensor>& inner_zero) {
+  return RoundedLinear::apply(x, weight, bias, way, scale, zero, theta, sharpness, pull, inner, inner_scale, inner_zero);
+}
+
+TORCH_LIBRARY_FRAGMENT(lightning_quant, m) {
+  m.def("quantize_into(Tensor(a!) y, Tensor x, Tensor scale, Tensor? zero, float fixed, int low, int high) -> ()");
+  m.def(
+      "gradients_into(Tensor(a!) out, Tensor(b!)? y, Tensor grad, Tensor x, Tensor scale, Tensor? zero, float fixed, int low, "
+      "int high, int rule, bool clips, float below, float above, float delta, bool learns, bool interior, "
+      "Tensor? theta, Tensor? sharpness, Tensor? pull) -> (Tensor, Tensor)");
+  m.def(
+      "theta_step(Tensor(a!) theta, Tensor(b!) spare, Tensor grad, Tensor x, Tensor scale, Tensor? zero, float fixed, int low, "
+      "int high, Tensor sharpness, float rate, Tensor start) -> ()");
+  m.def(
+      "rounded_linear(Tensor x, Tensor weight, Tensor? bias, float[] way, Tensor scale, Tensor? zero, Tensor? theta, "
+      "Tensor? sharpness, Tensor? pull, float[] inner, Tensor? inner_scale, Tensor? inner_zero) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(lightning_quant, CPU, m) {
+  m.impl("quantize_into", quantize);
+  m.impl("gradients_into", gradients);
+  m.impl("theta_step", theta_step);
+}
+
+TORCH_LIBRARY_IMPL(lightning_quant, CompositeImplicitAutograd, m) { m.impl("rounded_linear", rounded_linear); }
+
+}  // namespace
