@@ -19,6 +19,7 @@ from lightning_quant.estimators import (
     FakeQuantize,
     Settings,
     locate,
+    native,
     overrides,
 )
 from lightning_quant.granularity import Granularity
@@ -184,11 +185,14 @@ class FakeQuantizer(nn.Module):
         return torch.where(self.started > 0, y, x) if self.delayed and self.training else y
 
     def _quantize(self, x: Tensor) -> Tensor:
-        self.called = True
+        self._note_call()
         kind = (self.grid, self.granularity, self.target)
         sharing = self.stateless and not self.measuring and reuse.allowed(x)
         if sharing and (known := reuse.find(x, kind)) is not None:
             return known
+        if sharing and (rounded := self._rounded_rows(x)) is not None:
+            reuse.remember(x, kind, rounded)
+            return rounded
         mapped = self.estimator.transform(self, x)
         if self.observing:
             self.observe(mapped)
@@ -207,6 +211,19 @@ class FakeQuantizer(nn.Module):
             reuse.remember(x, kind, y)
         return y
 
+    def _note_call(self) -> None:
+        if torch.compiler.is_compiling() or not self.called:  # a module takes long to set an attribute
+            self.called = True
+
+    def _rounded_rows(self, x: Tensor) -> Tensor | None:
+        """Straight-through rounding with a scale per row, in one pass over memory; None where there is more to it."""
+        if not (self.compiled and self.spec.dynamic) or self.observing or self._joins_rows(x):
+            return None
+        rows = self.granularity.view(x)
+        if TARGETS[self.target].reader_scale or not native.reads_rows(self.grid, rows):
+            return None
+        return self.granularity.unview(native.rounded_rows(self.grid, rows), x.shape)
+
     def deferred(self, x: Tensor) -> tuple[Deferred, tuple[Tensor | None, ...]] | None:
         """What rounds ``x`` inside another operation, with its tensors, and counts as a call of this module.
 
@@ -220,7 +237,7 @@ class FakeQuantizer(nn.Module):
         view, scale, zero, offset = self.blocks(x)
         if offset is not None:
             return None
-        self.called = True
+        self._note_call()
         inputs = self.estimator.inputs(self, view, scale)
         settings = Settings(self.grid, self.clips, self._interior, self.training, self.estimator)
         number, own = (0.0, zero) if isinstance(zero, Tensor) else (zero, None)
@@ -275,10 +292,9 @@ class FakeQuantizer(nn.Module):
         if self.is_weight:
             rows = self.granularity.flat(x)
             if self.spec.symmetric and self.observer.covers:
-                return self.grid.scale(_absmax(rows).reshape(self.scale_shape)), None
+                return self._covering(rows).reshape(self.scale_shape), None
             return self._from_range(*self.observer.range(rows, self.grid))
-        whole = TARGETS[self.target].joins_rows and x.ndim == 2 and self.granularity.kind == "token"
-        blocks = x.reshape(1, -1) if whole else self.granularity.view(x)
+        blocks = x.reshape(1, -1) if self._joins_rows(x) else self.granularity.view(x)
         if self.observer.covers:
             absmax = _absmax(blocks)
         else:
@@ -288,6 +304,15 @@ class FakeQuantizer(nn.Module):
             return reader_scale(absmax, self.spec.bits), None
         # vLLM's kernels keep these scales in float32 whatever the activations' dtype.
         return self.grid.scale(absmax.to(torch.promote_types(x.dtype, torch.float32))), None
+
+    def _joins_rows(self, x: Tensor) -> bool:
+        return TARGETS[self.target].joins_rows and x.ndim == 2 and self.granularity.kind == "token"
+
+    def _covering(self, rows: Tensor) -> Tensor:
+        """The scales that put each row between the outermost levels."""
+        if self.compiled and native.reads_rows(self.grid, rows):
+            return native.dynamic_scale(self.grid, rows)
+        return self.grid.scale(_absmax(rows))
 
     def _per_sample(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Static ranges that no data has set yet: each sample's own, however a batch is cut."""

@@ -44,7 +44,9 @@ def rounded_product(layer: Any, x: Tensor) -> Tensor | None:
     if of_input is not None:
         if isinstance(of_input, FakeQuantizer) and not of_input.stateless:
             inner = of_input.deferred(x)
-        if inner is None:  # among others what layers with the same input share
+        if inner is not None and (y := native.rounded_input(x, *inner)) is not None:
+            x, inner = y, None
+        elif inner is None:  # among others what layers with the same input share
             x = of_input(x)
     (way, tensors), (inner_way, inner_tensors) = own, inner or (None, ())
     if (y := native.rounded_linear(x, weight, layer.bias, way, tensors, inner_way, inner_tensors)) is not None:

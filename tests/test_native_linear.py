@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_quant import QuantConfig, attach
+from lightning_quant.calibration import calibrate
 from lightning_quant.estimators import native
 
 pytestmark = [
@@ -37,26 +38,23 @@ def layer(method="ste", scheme="w4a16-g32", bias=True, **options) -> nn.Linear:
     model = nn.Sequential(nn.Linear(64, 48, bias=bias))
     given = {"compile": True, "calibration": 1, "head": True, **options}
     attach(model, QuantConfig.parse(method, scheme, **given))
-    model(torch.randn(8, 64))  # ranges of inputs
-    return model.eval().train()[0]
+    calibrate(model, [torch.randn(8, 64)])
+    return model.train()[0]
 
 
-def names(y: torch.Tensor) -> set[str]:
-    """Of all nodes of a graph."""
-    found, left = set(), [y.grad_fn]
+def nodes(y: torch.Tensor) -> list[str]:
+    """Names of all nodes of a graph."""
+    found, left = {}, [y.grad_fn]
     while left:
         node = left.pop()
-        found.add(type(node).__name__ if "RoundedLinear" not in node.name() else "RoundedLinear")
-        left += [n for n, _ in node.next_functions if n is not None]
-    return found
-
-
-def graph(own: nn.Linear, x: torch.Tensor) -> set[str]:
-    return names(own(x))
+        if node not in found:
+            found[node] = node.name()
+            left += [n for n, _ in node.next_functions if n is not None]
+    return list(found.values())
 
 
 def taken(own: nn.Linear, x: torch.Tensor) -> bool:
-    return "RoundedLinear" in graph(own, x)
+    return any("RoundedLinear" in name for name in nodes(own(x)))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -164,3 +162,92 @@ def test_where_it_is_left_out():
     assert not taken(own, x)
     hook.remove()
     assert taken(own, x)
+
+
+def branches(scheme: str) -> nn.Module:
+    """Three layers that read one tensor, as query, key and value do."""
+
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(64, 64)
+            self.heads = nn.ModuleList(nn.Linear(64, 16, bias=False) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.first(x).tanh()
+            return torch.cat([head(x) for head in self.heads], -1)
+
+    torch.manual_seed(0)
+    model = Branches()
+    attach(model, QuantConfig.parse("ste", scheme, compile=True, calibration=1, head=True))
+    calibrate(model, [torch.randn(8, 64)])
+    return model.train()
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-static"])
+def test_layers_with_one_input_share_what_is_made_of_it(monkeypatch, scheme):
+    model = branches(scheme)
+    x, grad = torch.randn(16, 64) * 3, torch.randn(16, 48)  # beyond the calibrated range: some of it is clipped
+    y = model(x)
+    assert sum("RoundedRows" in name or "RoundedInput" in name for name in nodes(y)) == 1  # x itself has no gradient
+    assert sum("RoundedLinear" in name for name in nodes(y)) == 4
+    y.backward(grad)
+    found = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    monkeypatch.setattr(native, "is_built", lambda: False)
+    monkeypatch.setattr(native, "_known", {})
+    again = model(x)
+    again.backward(grad)
+    assert torch.equal(y, again)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(found[name], p.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_clipped_has_no_gradient_and_the_rest_has_all_of_it():
+    own = layer("ste", "w8a8-static", bias=False)
+    q = own.input_quant
+    x = torch.rand(6, 64)
+    x[1, 3], x[4, :2] = 100.0, -100.0
+    x.requires_grad_()
+    own(x).sum().backward()
+    outside = x.detach().abs() > 127.5 * q.scale.item()
+    assert outside.sum() == 3
+    weight = own.weight_quant.on_grid(own.weight).sum(0).expand(6, 64)
+    torch.testing.assert_close(x.grad, torch.where(outside, 0, weight), rtol=1e-4, atol=1e-4)
+
+
+def test_a_changed_input_or_range_is_rounded_anew():
+    model = branches("w8a8-static")
+    x = torch.randn(4, 64, requires_grad=True) * 1
+    one, other = model.heads[0], model.heads[1]
+    one.weight.data.copy_(other.weight)
+    one.weight_quant.load_state_dict(other.weight_quant.state_dict())
+    assert torch.equal(one(x), other(x))
+    other.input_quant.scale.mul_(2)
+    assert not torch.equal(one(x), other(x))
+    other.input_quant.scale.div_(2)
+    before = one(x)
+    with torch.no_grad():
+        x.mul_(0.5)
+    assert not torch.equal(before, other(x))
+
+
+@pytest.mark.parametrize("special", [float("nan"), float("inf"), 0.0])
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-static"])
+def test_numbers_that_are_none(monkeypatch, scheme, special):
+    own = layer("ste", scheme)
+    x = torch.randn(5, 64)
+    x[2, 7] = special
+    x[3] = 0
+    if special == 0:
+        own.weight.data[1] = 0
+    results = []
+    for _ in range(2):
+        given = x.clone().requires_grad_()
+        y = own(given)
+        y.sum().backward()
+        results += [[y.detach(), given.grad]]
+        monkeypatch.setattr(native, "is_built", lambda: False)
+        monkeypatch.setattr(native, "_known", {})
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True)

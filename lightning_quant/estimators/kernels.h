@@ -122,6 +122,81 @@ void quantize(Tensor y, const Tensor& x, const Tensor& scale, const std::optiona
   });
 }
 
+// Scales whose top level is each row's largest magnitude, 1 where that is 0; y, if given, takes the rows rounded with them.
+void quantize_dynamic(const std::optional<Tensor>& y, Tensor scales, const Tensor& x, double top, double fixed, int64_t low,
+                      int64_t high) {
+  const int64_t size = x.size(-1), rows = x.numel() / size;
+  const float* from = x.const_data_ptr<float>();
+  float* to = y ? y->mutable_data_ptr<float>() : nullptr;
+  float* scale_to = scales.mutable_data_ptr<float>();
+  const V z{float(fixed)};
+  at::parallel_for(0, rows, std::max<int64_t>(1, GRAIN / size), [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row++) {
+      V largest(0.0f);
+      for (int64_t k = row * size, end = k + size; k < end; k += LANES)
+        largest = at::vec::maximum(largest, part(from + k, std::min(LANES, end - k)).abs());
+      const auto larger = [](V a, V b) { return at::vec::maximum(a, b); };
+      const float size_of = at::vec::vec_reduce_all<float>(larger, largest) / float(top), scale = size_of > 0 ? size_of : 1;
+      scale_to[row] = scale;
+      if (to == nullptr) continue;
+      const V s(scale);
+      for (int64_t k = row * size, end = k + size; k < end; k += LANES) {
+        const int64_t count = std::min(LANES, end - k);
+        const V u = part(from + k, count) / s + z;
+        ((clamped(u.round(), float(low), float(high)) - z) * s).store(to + k, int(count));
+      }
+    }
+  });
+}
+
+// Rounds with one scale, and notes of each row whether an element of it lies from ``below`` down or ``above`` up.
+void quantize_noting(Tensor y, Tensor outside, const Tensor& x, const Tensor& scale, const std::optional<Tensor>& zero,
+                     double fixed, int64_t low, int64_t high, double below, double above) {
+  const int64_t size = x.size(-1), rows = x.numel() / size;
+  const Points points(scale, zero, fixed, low, high, rows);
+  const float* from = x.const_data_ptr<float>();
+  float* to = y.mutable_data_ptr<float>();
+  bool* flags = outside.mutable_data_ptr<bool>();
+  const V s(points.scale.at(0)), z(points.offset(0));
+  at::parallel_for(0, rows, std::max<int64_t>(1, GRAIN / size), [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row++) {
+      V least(std::numeric_limits<float>::infinity()), most(-std::numeric_limits<float>::infinity());
+      for (int64_t k = row * size, end = k + size; k < end; k += LANES) {
+        const int64_t count = std::min(LANES, end - k);
+        const V u = part(from + k, count) / s + z, held = count == LANES ? u : V::set(z, u, count);
+        least = at::vec::minimum(least, held);
+        most = at::vec::maximum(most, held);
+        ((clamped(u.round(), points.low, points.high) - z) * s).store(to + k, int(count));
+      }
+      const auto less = [](V a, V b) { return at::vec::minimum(a, b); };
+      const auto more = [](V a, V b) { return at::vec::maximum(a, b); };
+      const bool in = at::vec::vec_reduce_all<float>(less, least) > float(below) &&
+                      at::vec::vec_reduce_all<float>(more, most) < float(above);
+      flags[row] = !in;
+    }
+  });
+}
+
+// The gradient without what belongs to elements outside, looked for in the rows that have any.
+void mask_rows(Tensor grad, const Tensor& outside, const Tensor& x, const Tensor& scale, const std::optional<Tensor>& zero,
+               double fixed, double below, double above) {
+  const int64_t size = x.size(-1), rows = x.numel() / size;
+  const Points points(scale, zero, fixed, 0, 0, rows);
+  const float* from = x.const_data_ptr<float>();
+  float* g = grad.mutable_data_ptr<float>();
+  const bool* flags = outside.const_data_ptr<bool>();
+  const V s(points.scale.at(0)), z(points.offset(0)), least{float(below)}, most{float(above)};
+  at::parallel_for(0, rows, std::max<int64_t>(1, GRAIN / size), [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row++) {
+      if (!flags[row]) continue;
+      for (int64_t k = row * size, end = k + size; k < end; k += LANES) {
+        const int64_t count = std::min(LANES, end - k);
+        inside(part(g + k, count), part(from + k, count) / s + z, least, most).store(g + k, int(count));
+      }
+    }
+  });
+}
+
 // The gradient of x goes to out, which may be grad; y, if given, takes the rounded x.  Answers each row's sums for the
 // scale and for a shared Theta.
 template <Rule RULE, bool LEARNS>

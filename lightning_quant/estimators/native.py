@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_quant.estimators import kernels
 from lightning_quant.estimators.base import Estimator, Gradients, Settings
@@ -56,17 +56,7 @@ def fits(
     settings: Settings, x: Tensor, scale: Tensor, zero: Tensor | float, table: Tensor | None, *inputs: Any
 ) -> bool:
     """Whether these do a quantizer's work: ``kernels`` cover it, in float32 and in one piece, on a processor."""
-    if not x.is_cpu:
-        return False
-    grid, clips, interior, _, rule = settings
-    given = [t for t in (x, scale, zero, *inputs) if isinstance(t, Tensor)]
-    kinds = [(type(t), t.shape, t.dtype, t.is_contiguous()) for t in given]
-    key = (id(rule), id(grid), clips, interior, isinstance(zero, Tensor), table is None, *kinds)
-    if key not in _known:  # looking closely takes longer than rounding a small layer
-        right = all(t.is_contiguous() and t.dtype in (torch.float32, torch.uint8) for t in given)
-        found = right and kernels.covers(settings, x, scale, zero, table, *inputs) and is_built()
-        _known[key] = found, rule, grid  # objects in an entry keep their ids
-    return _known[key][0]
+    return _fits(settings, x.shape, x, scale, zero, table, *inputs)
 
 
 def quantized(
@@ -109,6 +99,24 @@ def gradients(
     if rule.kind == SURROGATE and of_theta.numel():
         state = (_gathered(of_theta, inputs[0]), *state[1:])
     return Gradients(out, _gathered(of_scale, scale) if learns else None, state, y)
+
+
+def reads_rows(grid: Grid, x: Tensor) -> bool:
+    """Whether ``dynamic_scale`` and ``rounded_rows`` know the grid, and the tensor is for them: as ``fits``."""
+    plain = grid.levels is None and grid.scale_format == "float" and grid.zero is not None
+    known = x.is_cpu and x.dtype == torch.float32 and type(x) in (Tensor, nn.Parameter)
+    return plain and known and x.is_contiguous() and bool(x.numel()) and is_built()
+
+
+def dynamic_scale(grid: Grid, x: Tensor) -> Tensor:
+    """``grid.scale`` of the largest magnitudes along the last dimension, in one pass, where ``reads_rows`` is true."""
+    return torch.ops.lightning_quant.dynamic_scale(x.detach(), grid.top)  # type: ignore[no-any-return]
+
+
+def rounded_rows(grid: Grid, x: Tensor) -> Tensor:
+    """``x`` rounded with ``dynamic_scale``; the gradient passes unchanged."""
+    zero: Any = grid.zero
+    return torch.ops.lightning_quant.rounded_rows(x, grid.top, zero, grid.low, grid.high)  # type: ignore[no-any-return]
 
 
 def theta_step(
@@ -173,10 +181,37 @@ def rounded_linear(
     return torch.ops.lightning_quant.rounded_linear(*given)  # type: ignore[no-any-return]
 
 
+def rounded_input(x: Tensor, way: Deferred, tensors: Tensors) -> Tensor | None:
+    """``x`` rounded with one scale that nobody learns, straight-through; layers that read the same input share it.
+
+    Returns:
+        None where these kernels do not do that.
+    """
+    scale, zero, *_ = tensors
+    alone = all(t is None or (t.numel() == 1 and not t.requires_grad) for t in (scale, zero))
+    if not alone or not way.compiled or not _takes(way, x, tensors) or _rule(way.settings).kind != STRAIGHT:
+        return None
+    return torch.ops.lightning_quant.rounded_input(x, _constants(way), scale, zero)  # type: ignore[no-any-return]
+
+
 def _takes(way: Deferred, x: Tensor, tensors: Tensors) -> bool:
     scale, zero, *rest = tensors
-    assert scale is not None
-    return fits(way.settings, x.reshape(way.shape), scale, way.zero if zero is None else zero, *rest)
+    return _fits(way.settings, way.shape, x, scale, way.zero if zero is None else zero, *rest)
+
+
+def _fits(settings: Settings, shape: torch.Size, x: Tensor, *rest: Any) -> bool:
+    """``fits`` of ``x`` viewed in a shape."""
+    if not x.is_cpu:
+        return False
+    grid, clips, interior, _, rule = settings
+    kinds = [(type(t), t.shape, t.dtype, t.is_contiguous()) if isinstance(t, Tensor) else t is None for t in (x, *rest)]
+    key = (id(rule), id(grid), clips, interior, shape, *kinds)
+    if key not in _known:  # looking closely takes longer than rounding a small layer
+        given = [t for t in (x, *rest) if isinstance(t, Tensor)]
+        right = all(t.is_contiguous() and t.dtype in (torch.float32, torch.uint8) for t in given)
+        found = right and kernels.covers(settings, x.view(shape), *rest) and is_built()
+        _known[key] = found, rule, grid  # objects in an entry keep their ids
+    return _known[key][0]
 
 
 class _Rule(NamedTuple):

@@ -67,7 +67,85 @@ Tensor scratch(const Tensor& like) {
   return held.narrow(0, 0, like.numel()).view(like.sizes());
 }
 
+const char* const ONCE =
+    "QuantConfig.compile: expected a gradient that is not differentiated again, got create_graph=True. Set compile=False.";
+
 std::optional<Tensor> given(const Tensor& t) { return t.defined() ? std::optional<Tensor>(t) : std::nullopt; }
+
+// Rows of dynamic scales, in front of which no gradient stops.
+struct RoundedRows : torch::autograd::Function<RoundedRows> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, double top, double fixed, int64_t low, int64_t high) {
+    Tensor y = at::empty_like(x);
+    quantize_dynamic(y, at::empty({x.numel() / x.size(-1)}, x.options()), x, top, fixed, low, high);
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) { return {grads[0], {}, {}, {}, {}}; }
+};
+
+Tensor rounded_rows(const Tensor& x, double top, double fixed, int64_t low, int64_t high) {
+  return RoundedRows::apply(x, top, fixed, low, high);
+}
+
+Tensor dynamic_scale(const Tensor& x, double top) {
+  auto shape = x.sizes().vec();
+  shape.back() = 1;
+  Tensor scales = at::empty(shape, x.options());
+  quantize_dynamic({}, scales, x, top, 0, 0, 0);
+  return scales;
+}
+
+// Inputs with one scale that nobody learns.  What is clipped has no gradient; most rows have nothing of that.
+struct RoundedInput : torch::autograd::Function<RoundedInput> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const std::vector<double>& way, const Tensor& scale,
+                        const std::optional<Tensor>& zero) {
+    const Rounder own(way, scale, zero);
+    Tensor y = at::empty_like(x);
+    if (!own.clips) return own.rounded(x, y);
+    Tensor outside = at::empty({x.numel() / own.size}, x.options().dtype(at::kBool));
+    quantize_noting(own.blocks(y), outside, own.blocks(x), scale, zero, own.fixed, own.low, own.high, own.below, own.above);
+    ctx->save_for_backward({x, scale, zero ? *zero : Tensor(), outside});
+    ctx->saved_data["way"] = way;
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    TORCH_CHECK(!at::GradMode::is_enabled(), ONCE);
+    const auto saved = ctx->get_saved_variables();
+    Tensor grad = grads[0];
+    if (!saved.empty() && saved[3].any().const_data_ptr<bool>()[0]) {
+      const auto way = ctx->saved_data["way"].toDoubleVector();
+      const Rounder own(way, saved[1], given(saved[2]));
+      grad = grad.clone(at::MemoryFormat::Contiguous);
+      mask_rows(own.blocks(grad), saved[3], own.blocks(saved[0]), own.scale, own.zero, own.fixed, own.below, own.above);
+    }
+    return {grad, {}, {}, {}};
+  }
+};
+
+// The last of them, which lives as long as the graph keeps it: layers that read the same input with the same numbers
+// (query, key and value; gate and up) share it, and its gradient is masked once.
+struct Last {
+  c10::weak_intrusive_ptr<c10::TensorImpl> x, y;
+  uint32_t x_version = 0, y_version = 0;
+  std::vector<double> numbers;
+};
+
+Tensor rounded_input(const Tensor& x, std::vector<double> way, const Tensor& scale, const std::optional<Tensor>& zero) {
+  static thread_local std::optional<Last> last;
+  std::vector<double> numbers = way;
+  numbers.push_back(*scale.const_data_ptr<float>());
+  if (zero) numbers.push_back(*zero->const_data_ptr<float>());
+  if (last && last->numbers == numbers && last->x.lock().get() == x.unsafeGetTensorImpl() && last->x_version == x._version())
+    if (auto y = Tensor(last->y.lock()); y.defined() && y._version() == last->y_version) return y;
+  Tensor y = RoundedInput::apply(x, way, scale, zero);
+  last.reset();
+  if (y.requires_grad())
+    last = Last{c10::weak_intrusive_ptr<c10::TensorImpl>(x.getIntrusivePtr()),
+                c10::weak_intrusive_ptr<c10::TensorImpl>(y.getIntrusivePtr()), uint32_t(x._version()), uint32_t(y._version()),
+                std::move(numbers)};
+  return y;
+}
 
 struct RoundedLinear : torch::autograd::Function<RoundedLinear> {
   using Maybe = std::optional<Tensor>;
@@ -89,8 +167,7 @@ struct RoundedLinear : torch::autograd::Function<RoundedLinear> {
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    TORCH_CHECK(!at::GradMode::is_enabled(), "QuantConfig.compile: expected a gradient that is not differentiated again, got ",
-                "create_graph=True. Set compile=False.");
+    TORCH_CHECK(!at::GradMode::is_enabled(), ONCE);
     const auto saved = ctx->get_saved_variables();
     const Tensor &x = saved[0], &weight = saved[1];
     const auto way = ctx->saved_data["way"].toDoubleVector(), inner = ctx->saved_data["inner"].toDoubleVector();
@@ -141,6 +218,9 @@ TORCH_LIBRARY_FRAGMENT(lightning_quant, m) {
   m.def(
       "theta_step(Tensor(a!) theta, Tensor(b!) spare, Tensor grad, Tensor x, Tensor scale, Tensor? zero, float fixed, int low, "
       "int high, Tensor sharpness, float rate, Tensor start) -> ()");
+  m.def("dynamic_scale(Tensor x, float top) -> Tensor");
+  m.def("rounded_rows(Tensor x, float top, float fixed, int low, int high) -> Tensor");
+  m.def("rounded_input(Tensor x, float[] way, Tensor scale, Tensor? zero) -> Tensor");
   m.def(
       "rounded_linear(Tensor x, Tensor weight, Tensor? bias, float[] way, Tensor scale, Tensor? zero, Tensor? theta, "
       "Tensor? sharpness, Tensor? pull, float[] inner, Tensor? inner_scale, Tensor? inner_zero) -> Tensor");
@@ -150,8 +230,13 @@ TORCH_LIBRARY_IMPL(lightning_quant, CPU, m) {
   m.impl("quantize_into", quantize);
   m.impl("gradients_into", gradients);
   m.impl("theta_step", theta_step);
+  m.impl("dynamic_scale", dynamic_scale);
 }
 
-TORCH_LIBRARY_IMPL(lightning_quant, CompositeImplicitAutograd, m) { m.impl("rounded_linear", rounded_linear); }
+TORCH_LIBRARY_IMPL(lightning_quant, CompositeImplicitAutograd, m) {
+  m.impl("rounded_linear", rounded_linear);
+  m.impl("rounded_rows", rounded_rows);
+  m.impl("rounded_input", rounded_input);
+}
 
 }  // namespace
