@@ -27,10 +27,12 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from lightning_quant import zero
 from lightning_quant.errors import AttachError, explain
 from lightning_quant.estimators import Estimator
-from lightning_quant.layers import QuantLayer
+from lightning_quant.layers import QuantLayer, QuantLinear
 from lightning_quant.packed import CompactLinear, recomputed
+from lightning_quant.rounded_product import rounded_product
 
 
 class QuantLoraLinear(LoraLinear):  # type: ignore[misc]
@@ -138,7 +140,12 @@ class LoraFold:
         if any(name in self.lora.lora_bias and self.lora.lora_bias[name] for name in self.lora.active_adapters):
             return layer.product(x, *layer.quant_terms())  # a trained bias is not a matter of the weight
         trained = [p for p in (*self.sources(), *layer.weight_quant.parameters()) if p.requires_grad]
-        return recomputed(layer, x, trained, _draws(self.lora))
+        draws, parts = _draws(self.lora), any(zero.is_partitioned(p) for p in (*layer.parameters(), *trained))
+        if type(layer) is QuantLinear and layer.recomputes and torch.is_grad_enabled() and not (draws or parts):
+            y = rounded_product(layer, x, self.fold(layer)[0], lambda: self.fold(layer)[0])
+            if y is not None:
+                return y
+        return recomputed(layer, x, trained, draws)
 
     def sources(self) -> list[nn.Parameter]:
         """What the active adapters train."""

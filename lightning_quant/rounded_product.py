@@ -6,6 +6,7 @@ float layer saves them.  It is one operation for autograd, so a layer costs its 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,20 +19,24 @@ from lightning_quant.quantizer import FakeQuantizer
 from lightning_quant.scratch import scratch
 
 PLAIN = (Tensor, torch.nn.Parameter)  # no sharded ones, whose blocks lie elsewhere
-FIRST = 5  # of the tensors among the arguments
+FIRST = 6  # of the tensors among the arguments
 
 
-def rounded_product(layer: Any, x: Tensor) -> Tensor | None:
+def rounded_product(
+    layer: Any, x: Tensor, made: Tensor | None = None, again: Callable[[], Tensor] | None = None
+) -> Tensor | None:
     """The output of a Linear layer with quantizers, or None where rounding is more than arithmetic on blocks.
 
     Args:
         layer: Has ``weight`` (out, in), ``bias``, ``weight_quant`` and ``input_quant``.
         x: Its input, (..., in).
+        made: What stands for its weight, (out, in), made by other operations.
+        again: Makes that once more, so that it need not be kept for backward.
 
     Returns:
         (..., out).
     """
-    weight, of_input = layer.weight, layer.input_quant
+    weight, of_input = layer.weight if made is None else made, layer.input_quant
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return None
     if type(x) not in PLAIN or type(weight) not in PLAIN or zero.is_partitioned(weight):
@@ -49,9 +54,11 @@ def rounded_product(layer: Any, x: Tensor) -> Tensor | None:
         elif inner is None:  # among others what layers with the same input share
             x = of_input(x)
     (way, tensors), (inner_way, inner_tensors) = own, inner or (None, ())
-    if (y := native.rounded_linear(x, weight, layer.bias, way, tensors, inner_way, inner_tensors)) is not None:
-        return y
-    arguments = (x, weight, layer.bias, way, inner_way, *tensors, *inner_tensors)
+    if again is None:
+        y = native.rounded_linear(x, weight, layer.bias, way, tensors, inner_way, inner_tensors)
+        if y is not None:
+            return y
+    arguments = (x, weight, layer.bias, again, way, inner_way, *tensors, *inner_tensors)
     return _RoundedProduct.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -64,6 +71,7 @@ class _RoundedProduct(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        again: Callable[[], Tensor] | None,
         way: Deferred,
         inner: Deferred | None,
         *tensors: Tensor | None,
@@ -75,13 +83,14 @@ class _RoundedProduct(torch.autograd.Function):
             x: Input, (..., in).
             weight: (out, in).
             bias: (out,) or None.
+            again: Makes the weight once more.
             way: How the weight is rounded.
             inner: How the input is, if it is here.
             tensors: Those of the weight's rounding, then those of the input's.
         """
         n = way.size
-        ctx.save_for_backward(x, weight, *tensors)
-        ctx.way, ctx.inner, ctx.bias = way, inner, None if bias is None else bias.dtype
+        ctx.save_for_backward(x, weight if again is None else None, *tensors)
+        ctx.again, ctx.way, ctx.inner, ctx.bias = again, way, inner, None if bias is None else bias.dtype
         rounded = x if inner is None else inner.quantized(x, tensors[n:])
         y = F.linear(rounded, way.quantized(weight, tensors[:n], scratch(weight)), bias)
         return torch.ops.aten._unsafe_view(y, y.shape)  # type: ignore[no-any-return] # what comes next may work in place
@@ -90,6 +99,7 @@ class _RoundedProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         """Gradients of the input, the weight, the bias and of what their rounding learns."""
         x, weight, *tensors = ctx.saved_tensors
+        weight = weight if ctx.again is None else ctx.again()
         way, inner, wanted = ctx.way, ctx.inner, ctx.needs_input_grad
         n = way.size
         own, inputs = tuple(tensors[:n]), tuple(tensors[n:])
@@ -114,4 +124,4 @@ class _RoundedProduct(torch.autograd.Function):
                 grad_x, inner_found = inner.gradients(grad_x, x, inputs, wanted[FIRST + n])
         if wanted[2]:
             grad_bias = flat.sum(0).to(ctx.bias)
-        return (grad_x, grad_w, grad_bias, None, None, *found, *inner_found)
+        return (grad_x, grad_w, grad_bias, None, None, None, *found, *inner_found)
