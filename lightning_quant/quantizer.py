@@ -190,8 +190,9 @@ class FakeQuantizer(nn.Module):
         sharing = self.stateless and not self.measuring and reuse.allowed(x)
         if sharing and (known := reuse.find(x, kind)) is not None:
             return known
-        if sharing and (rounded := self._rounded_rows(x)) is not None:
-            reuse.remember(x, kind, rounded)
+        if (rounded := self._rounded_rows(x)) is not None:
+            if sharing:
+                reuse.remember(x, kind, rounded)
             return rounded
         mapped = self.estimator.transform(self, x)
         if self.observing:
@@ -217,10 +218,13 @@ class FakeQuantizer(nn.Module):
 
     def _rounded_rows(self, x: Tensor) -> Tensor | None:
         """Straight-through rounding with a scale per row, in one pass over memory; None where there is more to it."""
-        if not (self.compiled and self.spec.dynamic) or self.observing or self._joins_rows(x):
+        eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if not (eager and self.compiled and self.spec.dynamic and self.stateless) or self._joins_rows(x):
+            return None
+        if self.observing or self.measuring or TARGETS[self.target].reader_scale:
             return None
         rows = self.granularity.view(x)
-        if TARGETS[self.target].reader_scale or not native.reads_rows(self.grid, rows):
+        if not native.reads_rows(self.grid, rows):
             return None
         return self.granularity.unview(native.rounded_rows(self.grid, rows), x.shape)
 

@@ -105,8 +105,12 @@ def test_each_is_compared_with_training_of_its_kind():
 
 
 def test_shares_find_every_piece():
-    for name in ("ours pege w4a16-g32", "ours lsq w8a8-static"):
-        step, model = built(name)
+    for name, compiled in (
+        ("ours pege w4a16-g32", False),
+        ("ours lsq w8a8-static", False),
+        ("ours lsq w4a16-g32", True),
+    ):
+        step, model = built(name, compiled=compiled)
         forward = model.model.layers[0].mlp.up_proj.weight_quant.forward.__func__
         found = shares(model, step, steps=1)
         assert list(found) == list(PIECES)
@@ -115,13 +119,14 @@ def test_shares_find_every_piece():
         assert model.model.layers[0].mlp.up_proj.weight_quant.forward.__func__ is forward
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own imports
 @pytest.mark.parametrize("name", SWITCHES)
 def test_switches_find_what_they_replace_and_compute_the_same(name):
     candidate = "ours ste w8a8" if SWITCHES[name].inputs else "ours lsq w4a16-g32"
     step, _ = built(candidate)
     expected = [float(step()) for _ in range(3)]
     with SWITCHES[name].replaced():
-        step, model = built(candidate, compiled=name == "fusion", without=name)
+        step, model = built(candidate, compiled=name != "kernels", without=name)
         found = [float(step()) for _ in range(3)]
     assert found == pytest.approx(expected, rel=1e-3)  # a largest value is at the edge of its mask
     layers = [m for m in model.modules() if isinstance(m, QuantLayer)]

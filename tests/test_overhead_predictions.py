@@ -32,7 +32,11 @@ def test_passes_of_the_formula():
     assert element.backward == 3 + 9 / 32 + 0.25 + 2 + 0.5
     weight, given = each("ste", "w8a8-static")
     assert (weight.backward, weight.again, weight.keeps) == (0, 2, False)
-    assert weight.forward > 3  # its range is found first
+    assert weight.forward == 3  # its range is found first
+    assert each("ste", "w8a8")[1].forward == 2
+    apart = paper.passes(QuantConfig.parse("ste", "w8a8", **CONFIG), in_passing=False)
+    assert apart[0].forward > 4  # the largest and the least
+    assert apart[1].forward > 4
     assert (given.forward, given.backward, given.again) == pytest.approx((2, 3, 2), abs=1e-3)
 
 
@@ -87,7 +91,7 @@ def test_ablations_predict_what_they_add():
     assert whole.moved - guess["ours ste w4a16-g32 without recompute"].moved == pytest.approx(4000)
     for name, one in guess.items():
         base = guess[name.partition(" without ")[0]]
-        more = name.endswith(("kernels", "fusion", "sharing", "absmax", "masks")) or (
+        more = name.endswith(("kernels", "fusion", "sharing", "absmax", "masks", "w8a8 without C++")) or (
             name.endswith("g32 without together")  # 8-bit weights have nothing to read in backward
         )
         assert (one.moved > base.moved) == more, name

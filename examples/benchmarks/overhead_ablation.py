@@ -43,7 +43,8 @@ def predicted(candidate: dict[str, Any], found: Survey, width: int) -> Traffic:
         return traffic(found, passes(config), width)
     switch = SWITCHES[without]
     with switch.replaced():
-        each = passes(config, fused=without not in ("kernels", "fusion"), change=switch.change)
+        fused, ours = without not in ("kernels", "fusion"), without not in ("C++", "absmax")
+        each = passes(config, fused=fused, change=switch.change, in_passing=ours)
     if without == "together":
         each = replace(each[0], again=READ_WRITE), each[1]
     return traffic(found, each, width, recompute=without != "recompute", sharing=without != "sharing")

@@ -9,9 +9,9 @@ which everything elementwise is one loop, as compilers make them,
     input:    forward 2, backward 3, again 2; where its backward is the identity it is kept rounded, 2 and once for all
               layers that read it
 
-and in either case what finds a dynamic range reads first (``ranging`` counts how often).  Scales of groups of n are
-1/n of a pass whenever the tensor is read.  What is learned for a group adds (1 + 1 + 7)/n: backward reads it and writes
-its gradient; AdamW reads it, its gradient and two moments and writes three of them back.  Theta with one uint8 per
+and a dynamic range adds one pass over a weight, none over an input, whose rows are still in the cache.  Scales of
+groups of n are 1/n of a pass whenever the tensor is read.  What is learned for a group adds (1 + 1 + 7)/n: backward
+reads it and writes its gradient; AdamW reads it, its gradient and two moments and writes three of them back.  Theta with one uint8 per
 element is read in backward, and its update reads gradient, weight and Theta and writes Theta.  So with groups of 32,
 ste takes 2 + 3 + 1 + 2/32 passes over a weight, lsq 6 + 10/32, pege 6 + 19/32.
 
@@ -112,7 +112,7 @@ def survey(build: Callable[[], nn.Module], inputs: Mapping[str, Tensor], config:
 
 
 def passes(
-    config: QuantConfig, fused: bool = True, change: Callable[[nn.Module], None] | None = None
+    config: QuantConfig, fused: bool = True, change: Callable[[nn.Module], None] | None = None, in_passing: bool = True
 ) -> tuple[Passes, Passes | None]:
     """Passes over a weight and over an input (None: float) in float32.
 
@@ -120,6 +120,7 @@ def passes(
         config: Method, scheme and options.
         fused: The arithmetic is one loop each way (the module's formula); False: one loop for each operation.
         change: Changes a model with quantizers, of which one layer is looked at.
+        in_passing: Dynamic ranges are found as the formula says, and not by operations of their own.
     """
     layer = _sample(config, change)
     own: FakeQuantizer = layer.weight_quant
@@ -127,7 +128,8 @@ def passes(
     x = torch.ones(ROWS, COLUMNS)
     if fused:
         together = 1 if _looks(own) else None
-        return _fused(own, layer.weight.detach(), together), None if of_input is None else _fused(of_input, x, None)
+        first = _fused(own, layer.weight.detach(), together, 1 if in_passing else None)
+        return first, None if of_input is None else _fused(of_input, x, None, 0 if in_passing else None)
     whole = _counted(layer)
     if of_input is None:
         return Passes(*whole, _looks(own)), None
@@ -158,8 +160,8 @@ def _learned(q: FakeQuantizer) -> list[nn.Parameter]:
     return [p for p in q.parameters() if p.requires_grad]
 
 
-def _fused(q: FakeQuantizer, x: Tensor, again: float | None) -> Passes:
-    """The module's formula, with what it depends on read off the quantizer."""
+def _fused(q: FakeQuantizer, x: Tensor, again: float | None, first: float | None) -> Passes:
+    """The module's formula, with what it depends on read off the quantizer; ``first``: passes that find a range."""
     learned, looks = _learned(q), _looks(q)
     shared = sum(p.numel() for p in learned) / x.numel()
     scales = 0.0 if q.spec.dynamic else q.scale.numel() / x.numel()
@@ -168,11 +170,12 @@ def _fused(q: FakeQuantizer, x: Tensor, again: float | None) -> Passes:
     if q.estimator.holds_elements:
         backward += 1 / x.element_size() + 2 + 2 / x.element_size()
     forward = READ_WRITE + scales
-    return Passes(forward + ranging(q, x), backward, forward if again is None else again, looks)
+    found = ranging(q, x) if first is None or not q.spec.dynamic else first
+    return Passes(forward + found, backward, forward if again is None else again, looks)
 
 
 def ranging(q: FakeQuantizer, x: Tensor) -> float:
-    """Passes that find the range of a tensor before it can be rounded; 0 where the range is kept."""
+    """Passes of the operations that find a tensor's range before it can be rounded; 0 where the range is kept."""
     if not q.spec.dynamic:
         return 0.0
     with _Moved() as moved:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
@@ -16,9 +16,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from lightning_quant import ESTIMATORS, controller, quantizer, reuse, rounded_product
+from lightning_quant import ESTIMATORS, controller, reuse, rounded_product
 from lightning_quant.attach import quantizers
-from lightning_quant.estimators import Deferred
+from lightning_quant.estimators import Deferred, native
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,28 @@ def _one_by_one() -> Iterator[None]:
         yield
 
 
-def _copied_absmax(x: Tensor) -> Tensor:
-    return x.abs().amax(dim=-1, keepdim=True)
+@contextmanager
+def _nodes_in_python() -> Iterator[None]:
+    with patch.object(native, "rounded_linear", _none), patch.object(native, "rounded_input", _none):
+        yield
+
+
+def _none(*args: Any) -> None:
+    return None
+
+
+@contextmanager
+def _no_kernels() -> Iterator[None]:
+    with patch.object(native, "is_built", lambda: False), patch.object(native, "_known", {}):
+        yield
+
+
+@contextmanager
+def _both(*contexts: AbstractContextManager[Any]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
 
 
 def _mask_everything(model: nn.Module) -> None:
@@ -77,17 +97,23 @@ def _one_after_the_other(self: Any, grad: Tensor, x: Tensor, tensors: Any, learn
 SWITCHES: dict[str, Switch] = {
     "kernels": Switch("operation by operation, without compiled kernels", {"compile": False}),
     "fusion": Switch(
-        "captured by the compiler, run operation by operation",
-        replaced=lambda: patch.object(torch, "compile", functools.partial(torch.compile, backend="eager")),
+        "captured by PyTorch's compiler, run operation by operation",
+        replaced=lambda: _both(
+            _no_kernels(), patch.object(torch, "compile", functools.partial(torch.compile, backend="eager"))
+        ),
     ),
+    "C++": Switch("kernels of PyTorch's compiler in place of ours", replaced=_no_kernels),
+    "node": Switch("a layer's product as a node of autograd in Python", replaced=_nodes_in_python),
     "recompute": Switch("what was rounded is kept for backward", {"recompute": False}),
     "together": Switch(
-        "a weight's gradient and its rounding in two loops",
-        replaced=lambda: patch.object(Deferred, "gradients_and_quantized", _one_after_the_other),
+        "the node in Python, and in it a weight's gradient and its rounding in two loops",
+        replaced=lambda: _both(
+            _nodes_in_python(), patch.object(Deferred, "gradients_and_quantized", _one_after_the_other)
+        ),
     ),
     "scratch": Switch(
-        "memory of its own for every rounded weight",
-        replaced=lambda: patch.object(rounded_product, "scratch", lambda like: None),
+        "the node in Python, and in it memory of its own for every rounded weight",
+        replaced=lambda: _both(_nodes_in_python(), patch.object(rounded_product, "scratch", lambda like: None)),
     ),
     "sharing": Switch(
         "every layer rounds its own input",
@@ -95,8 +121,8 @@ SWITCHES: dict[str, Switch] = {
         inputs=True,
     ),
     "absmax": Switch(
-        "largest magnitudes of a copy",
-        replaced=lambda: patch.object(quantizer, "_absmax", _copied_absmax),
+        "largest magnitudes and rounding in passes of their own",
+        replaced=lambda: patch.object(native, "reads_rows", lambda grid, x: False),
         inputs=True,
     ),
     "masks": Switch("range masks where nothing lies outside, and so no sharing", change=_mask_everything, inputs=True),

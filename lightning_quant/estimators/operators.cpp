@@ -3,6 +3,7 @@
 #include "kernels.h"
 
 #include <ATen/core/grad_mode.h>
+#include <ATen/record_function.h>
 #include <ATen/ops/_unsafe_view.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/linear.h>
@@ -67,6 +68,10 @@ Tensor scratch(const Tensor& like) {
   return held.narrow(0, 0, like.numel()).view(like.sizes());
 }
 
+// Ranges of a profile.
+constexpr const char* FORWARD = "lightning_quant::forward";
+constexpr const char* BACKWARD = "lightning_quant::backward";
+
 const char* const ONCE =
     "QuantConfig.compile: expected a gradient that is not differentiated again, got create_graph=True. Set compile=False.";
 
@@ -101,6 +106,7 @@ struct RoundedInput : torch::autograd::Function<RoundedInput> {
                         const std::optional<Tensor>& zero) {
     const Rounder own(way, scale, zero);
     Tensor y = at::empty_like(x);
+    RECORD_FUNCTION(FORWARD, {});
     if (!own.clips) return own.rounded(x, y);
     Tensor outside = at::empty({x.numel() / own.size}, x.options().dtype(at::kBool));
     quantize_noting(own.blocks(y), outside, own.blocks(x), scale, zero, own.fixed, own.low, own.high, own.below, own.above);
@@ -113,6 +119,7 @@ struct RoundedInput : torch::autograd::Function<RoundedInput> {
     TORCH_CHECK(!at::GradMode::is_enabled(), ONCE);
     const auto saved = ctx->get_saved_variables();
     Tensor grad = grads[0];
+    RECORD_FUNCTION(BACKWARD, {});
     if (!saved.empty() && saved[3].any().const_data_ptr<bool>()[0]) {
       const auto way = ctx->saved_data["way"].toDoubleVector();
       const Rounder own(way, saved[1], given(saved[2]));
@@ -160,9 +167,13 @@ struct RoundedLinear : torch::autograd::Function<RoundedLinear> {
     ctx->saved_data["inner"] = inner;
     ctx->saved_data["bias"] = bias.has_value();
     const Rounder own(way, scale, zero);
-    Tensor rounded = x;
-    if (inner_scale) rounded = Rounder(inner, *inner_scale, inner_zero).rounded(x, at::empty_like(x));
-    const Tensor y = at::linear(rounded, own.rounded(weight, scratch(weight)), bias);
+    Tensor rounded = x, y = scratch(weight);
+    {
+      RECORD_FUNCTION(FORWARD, {});
+      if (inner_scale) rounded = Rounder(inner, *inner_scale, inner_zero).rounded(x, at::empty_like(x));
+      own.rounded(weight, y);
+    }
+    y = at::linear(rounded, y, bias);
     return at::_unsafe_view(y, y.sizes());  // which may be changed in place
   }
 
@@ -187,13 +198,21 @@ struct RoundedLinear : torch::autograd::Function<RoundedLinear> {
     const bool of_input = of_x || of_inner;
     Tensor to_x, to_weight, to_bias, to_scale, to_theta, to_inner, y;
     if (of_weight || of_scale || of_theta) {
-      to_weight = at::mm(grad.t(), input ? input->rounded(rows, at::empty_like(rows)) : rows);
+      Tensor rounded = rows;
+      if (input) {
+        RECORD_FUNCTION(BACKWARD, {});
+        rounded = input->rounded(rows, at::empty_like(rows));
+      }
+      to_weight = at::mm(grad.t(), rounded);
+      rounded.reset();
       if (of_input) y = scratch(weight);
+      RECORD_FUNCTION(BACKWARD, {});
       std::tie(to_scale, to_theta) = own.pull_back(to_weight, weight, of_scale, given(y));
     }
     if (of_input) {
       if (!y.defined()) y = own.rounded(weight, scratch(weight));
       to_x = at::mm(grad, y).view(x.sizes());
+      RECORD_FUNCTION(BACKWARD, {});
       if (input) std::tie(to_inner, std::ignore) = input->pull_back(to_x, x, of_inner, {});
     }
     if (of_bias) to_bias = grad.sum(0);
