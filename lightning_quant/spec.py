@@ -164,7 +164,8 @@ class QuantConfig:
         compile: Run the quantizers' own arithmetic in compiled kernels, one pass over memory each way.  The first
             steps compile, some seconds per kind of layer.  A model that is compiled as a whole needs it not.  Where
             kernels of our own know the method and the grid it is those that run: Triton's on CUDA, C++ in float32 on
-            processors (the extras ``triton`` and ``runtime``); else those of PyTorch's compiler.
+            processors (the extras ``triton`` and ``runtime``); else those of PyTorch's compiler.  Gradients of layers
+            that run in C++ cannot be differentiated again.
         recompute: Linear layers round their weight once more in backward instead of keeping the rounded one, which
             saves a copy of all of them.
     """
