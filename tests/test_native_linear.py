@@ -203,6 +203,16 @@ def test_layers_with_one_input_share_what_is_made_of_it(monkeypatch, scheme):
         torch.testing.assert_close(found[name], p.grad, rtol=1e-5, atol=1e-6)
 
 
+def test_a_bit_of_each_element_is_kept_of_a_static_input():
+    own = layer("ste", "w8a8-static", bias=False)
+    x, kept = torch.randn(6, 64, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        own(x)
+    assert x.data_ptr() not in {t.data_ptr() for t in kept}
+    assert sorted(t.numel() * t.element_size() * 8 for t in kept if not t.is_floating_point())[-1] <= 2 * x.numel()
+    assert sum(t.numel() == x.numel() for t in kept) == 1
+
+
 def test_what_is_clipped_has_no_gradient_and_the_rest_has_all_of_it():
     own = layer("ste", "w8a8-static", bias=False)
     q = own.input_quant

@@ -149,50 +149,46 @@ void quantize_dynamic(const std::optional<Tensor>& y, Tensor scales, const Tenso
   });
 }
 
-// Rounds with one scale, and notes of each row whether an element of it lies from ``below`` down or ``above`` up.
-void quantize_noting(Tensor y, Tensor outside, const Tensor& x, const Tensor& scale, const std::optional<Tensor>& zero,
-                     double fixed, int64_t low, int64_t high, double below, double above) {
+// Rounds with one scale, and notes which elements lie inside of ``below`` to ``above``: a word of bits for each vector, and
+// of each row whether all do.
+void quantize_noting(Tensor y, Tensor whole, Tensor words, const Tensor& x, const Tensor& scale,
+                     const std::optional<Tensor>& zero, double fixed, int64_t low, int64_t high, double below, double above) {
   const int64_t size = x.size(-1), rows = x.numel() / size;
   const Points points(scale, zero, fixed, low, high, rows);
   const float* from = x.const_data_ptr<float>();
   float* to = y.mutable_data_ptr<float>();
-  bool* flags = outside.mutable_data_ptr<bool>();
-  const V s(points.scale.at(0)), z(points.offset(0));
+  bool* flags = whole.mutable_data_ptr<bool>();
+  int16_t* bits = words.mutable_data_ptr<int16_t>();
+  const V s(points.scale.at(0)), z(points.offset(0)), least{float(below)}, most{float(above)};
   at::parallel_for(0, rows, std::max<int64_t>(1, GRAIN / size), [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; row++) {
-      V least(std::numeric_limits<float>::infinity()), most(-std::numeric_limits<float>::infinity());
+      int16_t* word = bits + row * words.size(-1);
+      int missing = 0;
       for (int64_t k = row * size, end = k + size; k < end; k += LANES) {
         const int64_t count = std::min(LANES, end - k);
-        const V u = part(from + k, count) / s + z, held = count == LANES ? u : V::set(z, u, count);
-        least = at::vec::minimum(least, held);
-        most = at::vec::maximum(most, held);
+        const V u = part(from + k, count) / s + z;
+        const int in = ((u <= least) | (u >= most)).zero_mask();
+        missing |= ~in & ((1 << count) - 1);
+        *word++ = int16_t(in);
         ((clamped(u.round(), points.low, points.high) - z) * s).store(to + k, int(count));
       }
-      const auto less = [](V a, V b) { return at::vec::minimum(a, b); };
-      const auto more = [](V a, V b) { return at::vec::maximum(a, b); };
-      const bool in = at::vec::vec_reduce_all<float>(less, least) > float(below) &&
-                      at::vec::vec_reduce_all<float>(more, most) < float(above);
-      flags[row] = !in;
+      flags[row] = missing == 0;
     }
   });
 }
 
-// The gradient without what belongs to elements outside, looked for in the rows that have any.
-void mask_rows(Tensor grad, const Tensor& outside, const Tensor& x, const Tensor& scale, const std::optional<Tensor>& zero,
-               double fixed, double below, double above) {
-  const int64_t size = x.size(-1), rows = x.numel() / size;
-  const Points points(scale, zero, fixed, 0, 0, rows);
-  const float* from = x.const_data_ptr<float>();
+// The gradient without what belongs to elements outside.
+void mask_rows(Tensor grad, const Tensor& whole, const Tensor& words) {
+  const int64_t size = grad.size(-1), rows = grad.numel() / size;
   float* g = grad.mutable_data_ptr<float>();
-  const bool* flags = outside.const_data_ptr<bool>();
-  const V s(points.scale.at(0)), z(points.offset(0)), least{float(below)}, most{float(above)};
+  const bool* flags = whole.const_data_ptr<bool>();
+  const int16_t* bits = words.const_data_ptr<int16_t>();
   at::parallel_for(0, rows, std::max<int64_t>(1, GRAIN / size), [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; row++) {
-      if (!flags[row]) continue;
-      for (int64_t k = row * size, end = k + size; k < end; k += LANES) {
-        const int64_t count = std::min(LANES, end - k);
-        inside(part(g + k, count), part(from + k, count) / s + z, least, most).store(g + k, int(count));
-      }
+      if (flags[row]) continue;
+      const int16_t* word = bits + row * words.size(-1);
+      for (int64_t k = 0; k < size; k++)
+        if (!(word[k / LANES] >> (k % LANES) & 1)) g[row * size + k] = 0;
     }
   });
 }

@@ -100,7 +100,8 @@ Tensor dynamic_scale(const Tensor& x, double top) {
   return scales;
 }
 
-// Inputs with one scale that nobody learns.  What is clipped has no gradient; most rows have nothing of that.
+// Inputs with one scale that nobody learns.  What is clipped has no gradient; most rows have nothing of that.  Kept is a bit
+// per element: the input itself is read by nobody else.
 struct RoundedInput : torch::autograd::Function<RoundedInput> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const std::vector<double>& way, const Tensor& scale,
                         const std::optional<Tensor>& zero) {
@@ -108,10 +109,12 @@ struct RoundedInput : torch::autograd::Function<RoundedInput> {
     Tensor y = at::empty_like(x);
     RECORD_FUNCTION(FORWARD, {});
     if (!own.clips) return own.rounded(x, y);
-    Tensor outside = at::empty({x.numel() / own.size}, x.options().dtype(at::kBool));
-    quantize_noting(own.blocks(y), outside, own.blocks(x), scale, zero, own.fixed, own.low, own.high, own.below, own.above);
-    ctx->save_for_backward({x, scale, zero ? *zero : Tensor(), outside});
-    ctx->saved_data["way"] = way;
+    const int64_t rows = x.numel() / own.size;
+    const Tensor whole = at::empty({rows}, x.options().dtype(at::kBool));
+    const Tensor words = at::empty({rows, (own.size + LANES - 1) / LANES}, x.options().dtype(at::kShort));
+    quantize_noting(own.blocks(y), whole, words, own.blocks(x), scale, zero, own.fixed, own.low, own.high, own.below, own.above);
+    ctx->save_for_backward({whole, words});
+    ctx->saved_data["size"] = own.size;
     return y;
   }
 
@@ -120,11 +123,9 @@ struct RoundedInput : torch::autograd::Function<RoundedInput> {
     const auto saved = ctx->get_saved_variables();
     Tensor grad = grads[0];
     RECORD_FUNCTION(BACKWARD, {});
-    if (!saved.empty() && saved[3].any().const_data_ptr<bool>()[0]) {
-      const auto way = ctx->saved_data["way"].toDoubleVector();
-      const Rounder own(way, saved[1], given(saved[2]));
+    if (!saved.empty() && !*saved[0].all().const_data_ptr<bool>()) {
       grad = grad.clone(at::MemoryFormat::Contiguous);
-      mask_rows(own.blocks(grad), saved[3], own.blocks(saved[0]), own.scale, own.zero, own.fixed, own.below, own.above);
+      mask_rows(grad.view({-1, ctx->saved_data["size"].toInt()}), saved[0], saved[1]);
     }
     return {grad, {}, {}, {}};
   }

@@ -120,6 +120,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=5)
     parser.add_argument("--delay", type=float, default=0)
     parser.add_argument("--double", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="the quantizers' arithmetic in compiled kernels")
     parser.add_argument("--sharded", action="store_true", help="each process writes its part of a checkpoint")
     parser.add_argument("--metrics", action="store_true", help="every metric at every step, by rank 0 alone")
     args = parser.parse_args()
@@ -146,6 +147,7 @@ def main() -> None:
         delay=args.delay,
         log_every_n_steps=1,
         log_layers_every_n_steps=1,
+        options={"compile": args.compile},
     )
     note = Note()
     save = ModelCheckpoint(args.out / "ckpt", filename="{epoch}", save_last=True, every_n_epochs=1, save_top_k=-1)

@@ -56,6 +56,21 @@ def test_lightning_with_a_delay(tmp_path):
         equal(one, ranks[0])
 
 
+@pytest.mark.parametrize(
+    ("strategy", "scheme", "state"),
+    [("ddp", "w4a16-g32", "theta"), ("ddp", "w8a8-static", "running"), ("fsdp2", "w4a16-g32", "theta")],
+)
+def test_lightning_compiled(tmp_path, strategy, scheme, state):
+    """In float32, as the kernels are: a value may move to another code in time, so losses are compared, and loosely."""
+    args = ("--epochs", 1, "--scheme", scheme, "--strategy", strategy, "--method", "ste" if "a8" in scheme else "pege")
+    run("lightning_run.py", "--out", tmp_path / "plain", *args, processes=2)
+    run("lightning_run.py", "--out", tmp_path / "compiled", *args, "--compile", processes=2)
+    ranks = [result(tmp_path / "compiled", r) for r in (0, 1)]
+    agree(ranks, state)
+    assert ranks[0]["losses"] == ranks[1]["losses"]
+    assert ranks[0]["losses"] == pytest.approx(result(tmp_path / "plain")["losses"], rel=1e-3)
+
+
 @pytest.mark.parametrize("theta", ["group", "element"])
 def test_trainer_ddp(tmp_path, theta):
     for name in ("one", "two"):
