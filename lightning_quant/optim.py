@@ -40,14 +40,8 @@ def param_groups(model: nn.Module, config: QuantConfig, lr: float, weight_decay:
     groups: list[dict[str, Any]] = [{"params": rest, "lr": lr, "weight_decay": weight_decay}]
     for factor in sorted({f for _, f in mine.values()}):
         chosen = [p for p, f in mine.values() if f == factor]
-        own = {"params": chosen, "lr": lr * factor, "weight_decay": 0.0, "quantizer": True}
-        groups.append(own | _together(own))
+        groups.append({"params": chosen, "lr": lr * factor, "weight_decay": 0.0, "quantizer": True})
     return groups
-
-
-def _together(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters that are many and small are updated together, on processors too; rates in tensors rule that out."""
-    return {} if isinstance(group["lr"], Tensor) else {"foreach": True}
 
 
 def freeze_with_weights(model: nn.Module) -> None:
@@ -97,8 +91,6 @@ def split_groups(optimizers: list[Optimizer], schedulers: list[Any], model: nn.M
                 new.update(params=[p for p in found if mine[id(p)][1] == factor], quantizer=True)
                 if "weight_decay" in new:
                     new["weight_decay"] = 0.0
-                if "foreach" in new and not new.get("fused"):
-                    new |= _together(new)
                 optimizer.add_param_group(new)
                 for scheduler in schedulers:
                     _extend(scheduler, optimizer, origin, factor)
