@@ -261,3 +261,12 @@ def test_numbers_that_are_none(monkeypatch, scheme, special):
         monkeypatch.setattr(native, "_known", {})
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, equal_nan=True)
+
+
+def test_batches_of_any_size_fill_no_memory(monkeypatch):
+    monkeypatch.setattr(native, "_known", {})
+    monkeypatch.setattr(native, "REMEMBERED", 5)
+    own = layer("ste", "w8a8-static")
+    for rows in range(1, 20):
+        assert taken(own, torch.randn(rows, 64))
+        assert len(native._known) <= 5

@@ -32,6 +32,7 @@ SOURCE, KERNELS = (Path(__file__).with_name(name) for name in ("operators.cpp", 
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 VECTORS = {"avx512_f": "AVX512", "avx2": "AVX2"}  # what PyTorch's headers call them, the widest first
 STRAIGHT, SCALED, SURROGATE = range(3)
+REMEMBERED = 4096  # answers of ``fits``, by shape among others: batches may have any number of tokens
 
 log = logging.getLogger(__name__)
 
@@ -210,6 +211,8 @@ def _fits(settings: Settings, shape: torch.Size, x: Tensor, *rest: Any) -> bool:
         given = [t for t in (x, *rest) if isinstance(t, Tensor)]
         right = all(t.is_contiguous() and t.dtype in (torch.float32, torch.uint8) for t in given)
         found = right and kernels.covers(settings, x.view(shape), *rest) and is_built()
+        if len(_known) >= REMEMBERED:
+            _known.clear()
         _known[key] = found, rule, grid  # objects in an entry keep their ids
     return _known[key][0]
 
