@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning_quant import QuantCallback
 from lightning_quant.distributed import whole
 from tests.integration.lightning_run import Net, data, quantizer_state
+from tests.integration.processes import leave
 
 
 def main() -> None:
@@ -54,3 +55,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave()

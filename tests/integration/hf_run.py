@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainingArguments, default_data_collat
 from hf_integration import QuantTrainer
 from lightning_quant import QuantConfig
 from lightning_quant.attach import quantizers
+from tests.integration.processes import leave
 from tests.integration.tiny import causal_lm, token_rows
 
 
@@ -87,3 +88,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave()

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from lightning_quant import QuantCallback
 from lightning_quant.attach import quantizers
 from lightning_quant.distributed import whole
+from tests.integration.processes import leave
 
 
 class Net(L.LightningModule):
@@ -177,3 +178,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave()

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from lightning_quant import QuantCallback, attach
 from lightning_quant.attach import quantizers
 from lightning_quant.distributed import whole
+from tests.integration.processes import leave
 
 BATCH, ROWS = 16, 32
 
@@ -211,3 +212,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave()

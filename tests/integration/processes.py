@@ -28,6 +28,12 @@ def start(
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=given, timeout=240, check=False)
 
 
+def leave() -> None:
+    """End the process group, a script's last act: threads of it that outlive the script make its exit an error."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def run(
     script: str, *args: object, processes: int = 1, expect: int = 0, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:

@@ -26,6 +26,7 @@ from lightning_quant.attach import quantizers
 from lightning_quant.checkpoint import STATE_FILE
 from lightning_quant.distributed import whole
 from lightning_quant.zero import gathered
+from tests.integration.processes import leave
 from tests.integration.tiny import causal_lm, token_rows
 
 STEPS, CALIBRATION = 10, 4
@@ -160,3 +161,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave()

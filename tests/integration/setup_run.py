@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_quant import QuantCallback, QuantConfig
 from lightning_quant.distributed import rank
 from tests.integration.modules import Words
+from tests.integration.processes import leave
 
 
 class Stream(IterableDataset):
@@ -83,3 +84,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave()

@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_quant import QuantCallback
 from lightning_quant.distributed import rank, whole
 from tests.integration.modules import Words, words
+from tests.integration.processes import leave
 
 
 class Sharded(Words):
@@ -70,3 +71,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave()

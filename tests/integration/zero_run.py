@@ -20,6 +20,7 @@ from hf_integration import QuantTrainer
 from lightning_quant import QuantConfig
 from lightning_quant.attach import quant_layers
 from lightning_quant.zero import gathered, written
+from tests.integration.processes import leave
 from tests.integration.resume_run import quantizer_state, zero
 from tests.integration.tiny import causal_lm, token_rows
 
@@ -181,3 +182,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave()
