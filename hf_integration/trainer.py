@@ -224,7 +224,8 @@ class QuantTrainerMixin:
             step = self.state.global_step
             measure = self._logs_after(step + 1)
             self._measured = step + 1 if measure else self._measured
-            self.quant.on_step(step, self._loss_scale(), measure)
+            alone = self.args.gradient_accumulation_steps == 1 == self.args.world_size
+            self.quant.on_step(step, self._loss_scale(), measure, alone)
             if self.quant.starting:
                 self._forget_best()
             if step != self._curved and self.quant.wants_curvature(step):

@@ -20,6 +20,7 @@ from lightning_quant.lightning_support import (
     Module,
     batch_loss,
     forget_best,
+    is_alone,
     load_quantized,
     loss_scale,
     optimizer_steps,
@@ -182,7 +183,8 @@ class QuantCallback(Callback):
         """Fill schedules for this optimizer step."""
         self._stepped = trainer.global_step
         step, self._scale = optimizer_steps(trainer, pl_module), loss_scale(trainer, pl_module)
-        self.controller.on_step(step, self._scale, any(self._due(trainer, step)))
+        due, alone = any(self._due(trainer, step)), is_alone(trainer, pl_module)
+        self.controller.on_step(step, self._scale, due, alone)
         if self.controller.starting:
             forget_best(trainer)
         if batch_idx % trainer.accumulate_grad_batches == 0 and self.controller.wants_curvature(step):

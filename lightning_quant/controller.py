@@ -28,7 +28,7 @@ from lightning_quant.norms import hold_statistics
 from lightning_quant.optim import freeze_with_weights, split_groups
 from lightning_quant.packed import CompactLinear
 from lightning_quant.parts import refuse_late_adapters, refuse_other_config
-from lightning_quant.quantizer import FakeQuantizer
+from lightning_quant.quantizer import ACCUMULATES, ALONE, FakeQuantizer
 from lightning_quant.report import Report
 from lightning_quant.schedule import Schedule, delay_steps
 from lightning_quant.spec import QuantConfig
@@ -98,6 +98,7 @@ class QuantController:
         self._shared: list[list[FakeQuantizer]] = []
         self._weights: dict[FakeQuantizer, QuantLayer] = {}
         self._scheduled: list[tuple[str, Schedule, list[Tensor]]] = []
+        self._turns: list[Tensor] = []
         self._measures = False
         self._names: dict[FakeQuantizer, str] = {}
         self._starts: dict[FakeQuantizer, Tensor] = {}
@@ -217,6 +218,7 @@ class QuantController:
             for name, schedule in q.estimator.schedules().items():
                 buffers.setdefault((name, schedule), []).append(q._buffers[name])  # type: ignore[arg-type]
         self._scheduled = [(name, schedule, found) for (name, schedule), found in buffers.items()]
+        self._turns = [q.turn[0] for q in self._quantizers if q.turn is not None]
         with self._learned_whole():
             self._starts = {q: scales for q in self._quantizers if (scales := learned_scales(q)) is not None}
         self._trained = self._evaluated = False
@@ -242,7 +244,7 @@ class QuantController:
         value = schedule(step, self.total_steps)
         return 0.0 if name == "lam" and step < self.start else value
 
-    def on_step(self, step: int, loss_scale: float | Tensor = 1.0, measure: bool = False) -> None:
+    def on_step(self, step: int, loss_scale: float | Tensor = 1.0, measure: bool = False, alone: bool = False) -> None:
         """Before a training forward: fill the scheduled buffers, open or close the observers.
 
         Args:
@@ -250,6 +252,8 @@ class QuantController:
             loss_scale: What the gradient of the mean loss is multiplied with in this backward: the
                 gradient scaler's factor over the number of accumulated micro-batches.
             measure: Let this step's forward and update measure for ``metrics``; the same on every rank.
+            alone: The update takes the gradient of one backward of this process and nothing else: state per element
+                may move in it.
         """
         self.step, self._loss_scale, self._measures, self._codes = step, loss_scale, measure, {}
         self.starting = 0 < self.start == step != self._latest
@@ -261,6 +265,7 @@ class QuantController:
             value = self._value(name, schedule, step)
             _fill(buffers, value * loss_scale if name == "lam" else value)
         _fill([q.step for q in self._quantizers if "step" in q._buffers], step)
+        _fill(self._turns, ALONE if alone else ACCUMULATES)
         _fill([q.started for q in self._quantizers if q.delayed], float(step >= self.start))
         self._hold_statistics(step)
         observing = step < self._observed

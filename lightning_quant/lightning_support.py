@@ -101,6 +101,11 @@ def loss_scale(trainer: Trainer, module: LightningModule) -> float:
     return scale / trainer.accumulate_grad_batches if module.automatic_optimization else scale
 
 
+def is_alone(trainer: Trainer, module: LightningModule) -> bool:
+    """Whether an update takes the gradient of one backward of one process."""
+    return module.automatic_optimization and trainer.accumulate_grad_batches == 1 == trainer.world_size
+
+
 def refuse_float_copies(trainer: Trainer, module: LightningModule) -> None:
     """Complain about a weight-averaging callback that copied the module before its quantizers were attached."""
     wanted = sum(1 for _ in quantizers(module))

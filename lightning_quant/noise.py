@@ -41,7 +41,12 @@ def seed(step: Tensor, salt: int) -> Tensor:
 
     Lets noise be drawn where the salt is not at hand, and drawn again instead of kept.
     """
-    return step + _signed((salt & _MASK) * _UNMIXED & _MASK)
+    return step + offset(salt)
+
+
+def offset(salt: int) -> int:
+    """What ``seed`` adds to the step."""
+    return _signed((salt & _MASK) * _UNMIXED & _MASK)
 
 
 _Word = TypeVar("_Word", int, Tensor)

@@ -25,11 +25,13 @@ from lightning_quant.estimators import (
 from lightning_quant.granularity import Granularity
 from lightning_quant.grid import Grid, reader_scale
 from lightning_quant.metrics import measure
+from lightning_quant.noise import offset
 from lightning_quant.observers import build_observer
 from lightning_quant.ranges import build_range
 from lightning_quant.scheme import TensorSpec
 from lightning_quant.targets import TARGETS
 
+ALONE, ACCUMULATES = 0, 1  # what ``turn`` is filled with: it moves state at the count of 1
 ELEMENTS = 2**18  # that an export encodes at a time: float temporaries stay small, and in the processor's cache
 
 
@@ -100,6 +102,7 @@ class FakeQuantizer(nn.Module):
         self.measuring = False
         self.ready = bool(spec.dynamic)
         self.noted: Tensor | None = None
+        self.turn: Tensor | None = None  # see ``track_turn``
         self.measured: dict[str, Tensor] = {}
         self.register_buffer("_place", torch.empty(0, dtype=dtype, device=device), persistent=False)
         covered = self.observer.covers and self.grid.covers
@@ -141,6 +144,21 @@ class FakeQuantizer(nn.Module):
     def track_step(self) -> None:
         """Keep the optimizer step as an int64 buffer that the controller fills."""
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=self.device), persistent=False)
+
+    def track_turn(self) -> None:
+        """Let a backward move state per element, which otherwise ``before_optimizer_step`` does.
+
+        It does where the controller says that one backward is all of a step, and this quantizer was called once for it:
+        ``turn`` holds how many calls there were since the controller filled it, or a number below 0 once the state has
+        moved, and what ``noise.seed`` adds to the step; int64, in the processor's memory.
+        """
+        self.track_step()
+        self.turn = torch.tensor([ACCUMULATES, offset(self.salt)])
+
+    @property
+    def moved(self) -> bool:
+        """Whether a backward has moved state per element in this optimizer step."""
+        return self.turn is not None and bool(self.turn.numpy()[0] < 0)
 
     def track_start(self) -> None:
         """Be the identity in training wherever the controller fills ``started`` with 0 (``QuantConfig.delay``).
@@ -245,7 +263,8 @@ class FakeQuantizer(nn.Module):
         inputs = self.estimator.inputs(self, view, scale)
         settings = Settings(self.grid, self.clips, self._interior, self.training, self.estimator)
         number, own = (0.0, zero) if isinstance(zero, Tensor) else (zero, None)
-        way = Deferred(settings, view.shape, number, self._factor(x), self.compiled, len(inputs))
+        turn = (self.turn, self.step) if self.turn is not None and self.training else None
+        way = Deferred(settings, view.shape, number, self._factor(x), self.compiled, len(inputs), turn)
         return way, (scale, own, self.table, *inputs)
 
     def _factor(self, x: Tensor) -> float:

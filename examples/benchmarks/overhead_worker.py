@@ -73,7 +73,7 @@ def ours(model: nn.Module, method: str, scheme: str, options: dict[str, Any], wi
 
     def update(backward: Callable[[], None]) -> None:
         nonlocal step
-        controller.on_step(step)
+        controller.on_step(step, alone=True)
         backward()
         controller.before_optimizer_step()
         optimizer.step()

@@ -26,6 +26,7 @@ class Deferred(NamedTuple):
         factor: What the scale's gradient is multiplied with.
         compiled: Through the compiler.
         inputs: How many tensors the estimator has.
+        turn: ``FakeQuantizer.turn`` and the optimizer step, for a backward that may move state per element.
     """
 
     settings: Settings
@@ -34,6 +35,7 @@ class Deferred(NamedTuple):
     factor: float
     compiled: bool
     inputs: int
+    turn: tuple[Tensor, Tensor] | None = None
 
     @property
     def size(self) -> int:

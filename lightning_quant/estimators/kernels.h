@@ -193,12 +193,14 @@ void mask_rows(Tensor grad, const Tensor& whole, const Tensor& words) {
   });
 }
 
-// The gradient of x goes to out, which may be grad; y, if given, takes the rounded x.  Answers each row's sums for the
-// scale and for a shared Theta.
+V finite(V x) { return V::blendv(V(0.0f), x, x.abs() <= V(std::numeric_limits<float>::max())); }
+
+// The gradient of x goes to out, which may be grad; y, if given, takes the rounded x, and own, if given, that of a Theta in
+// bytes.  Answers each row's sums for the scale and for a shared Theta, or of the squares in own.
 template <Rule RULE, bool LEARNS>
 std::tuple<Tensor, Tensor> backward(Tensor& out, std::optional<Tensor>& y, const Tensor& grad, const Tensor& x,
                                     const Points& points, bool clips, double below, double above, double delta, bool interior,
-                                    const std::optional<Tensor>& theta, float sharpness, float pull) {
+                                    const std::optional<Tensor>& theta, float sharpness, float pull, std::optional<Tensor>& own) {
   const int64_t size = x.size(-1), rows = x.numel() / size;
   const float* from = x.const_data_ptr<float>();
   const float* g = grad.const_data_ptr<float>();
@@ -206,9 +208,10 @@ std::tuple<Tensor, Tensor> backward(Tensor& out, std::optional<Tensor>& y, const
   float* to = y ? y->mutable_data_ptr<float>() : nullptr;
   constexpr bool each = RULE == SURROGATE_BYTES, learns_theta = RULE == SURROGATE;
   const uint8_t* codes = each ? theta->const_data_ptr<uint8_t>() : nullptr;
+  float* own_to = each && own ? own->mutable_data_ptr<float>() : nullptr;
   std::optional<Shared> shared;
   if (learns_theta) shared.emplace(*theta, rows);
-  Tensor of_scale = at::empty({LEARNS ? rows : 0}, x.options()), of_theta = at::empty({learns_theta ? rows : 0}, x.options());
+  Tensor of_scale = at::empty({LEARNS ? rows : 0}, x.options()), of_theta = at::empty({learns_theta || own_to ? rows : 0}, x.options());
   float* scale_to = of_scale.mutable_data_ptr<float>();
   float* theta_to = of_theta.mutable_data_ptr<float>();
   const Sharpness curve(sharpness);
@@ -236,6 +239,10 @@ std::tuple<Tensor, Tensor> backward(Tensor& out, std::optional<Tensor>& y, const
           if constexpr (learns_theta) {
             const V sum = at::vec::fmadd(f.gap, total, theta_sum);
             theta_sum = count == LANES ? sum : V::set(theta_sum, sum, count);
+          } else if (own_to != nullptr) {
+            const V moves = finite(total * f.gap * s), sum = at::vec::fmadd(moves, moves, theta_sum);
+            moves.store(own_to + k, int(count));
+            theta_sum = count == LANES ? sum : V::set(theta_sum, sum, count);
           }
         }
         if constexpr (LEARNS) {
@@ -248,6 +255,7 @@ std::tuple<Tensor, Tensor> backward(Tensor& out, std::optional<Tensor>& y, const
       const auto add = [](V a, V b) { return a + b; };
       if constexpr (LEARNS) scale_to[row] = at::vec::vec_reduce_all<float>(add, scale_sum);
       if constexpr (learns_theta) theta_to[row] = at::vec::vec_reduce_all<float>(add, theta_sum) * scale;
+      if (own_to != nullptr) theta_to[row] = at::vec::vec_reduce_all<float>(add, theta_sum);
     }
   });
   return {of_scale, of_theta};
@@ -259,10 +267,11 @@ std::tuple<Tensor, Tensor> gradients(Tensor out, std::optional<Tensor> y, const 
                                      const Tensor& scale, const std::optional<Tensor>& zero, double fixed, int64_t low, int64_t high,
                                      int64_t rule, bool clips, double below, double above, double delta, bool learns,
                                      bool interior, const std::optional<Tensor>& theta,
-                                     const std::optional<Tensor>& sharpness, const std::optional<Tensor>& pull) {
+                                     const std::optional<Tensor>& sharpness, const std::optional<Tensor>& pull,
+                                     std::optional<Tensor> own) {
   const Points points(scale, zero, fixed, low, high, x.numel() / x.size(-1));
   const auto run = [&](auto* body) {
-    return body(out, y, grad, x, points, clips, below, above, delta, interior, theta, number(sharpness), number(pull));
+    return body(out, y, grad, x, points, clips, below, above, delta, interior, theta, number(sharpness), number(pull), own);
   };
   if (rule == STRAIGHT) return learns ? run(backward<STRAIGHT, true>) : run(backward<STRAIGHT, false>);
   if (rule == SCALED) return learns ? run(backward<SCALED, true>) : run(backward<SCALED, false>);
@@ -296,7 +305,20 @@ void move(uint8_t* __restrict theta, const float* __restrict own, float factor, 
   }
 }
 
-// A step of PEGE's Theta in bytes, in place, given the gradient of the weight x; spare: memory of its size.
+// A step of PEGE's Theta in bytes, in place, given its gradient and the sums of its squares.
+void step_bytes(Tensor theta, const Tensor& own, const Tensor& squares, double rate, int64_t start) {
+  double all = 0;
+  for (const float *p = squares.const_data_ptr<float>(), *end = p + squares.numel(); p < end; p++) all += *p;
+  const float rms = std::max(float(std::sqrt(all / double(theta.numel()))), std::numeric_limits<float>::min());
+  const float factor = float(rate * 255) / rms, *grad = own.const_data_ptr<float>();
+  const uint32_t begin = uint32_t(start) * 0x9E3779B1u;
+  uint8_t* codes = theta.mutable_data_ptr<uint8_t>();
+  at::parallel_for(0, theta.numel(), GRAIN, [=](int64_t first, int64_t last) {
+    move(codes, grad, factor, begin, first, last);
+  });
+}
+
+// The same given the gradient of the weight x; spare: memory of its size.
 void theta_step(Tensor theta, Tensor spare, const Tensor& grad, const Tensor& x, const Tensor& scale,
                 const std::optional<Tensor>& zero, double fixed, int64_t low, int64_t high, const Tensor& sharpness,
                 double rate, const Tensor& start) {
@@ -304,10 +326,9 @@ void theta_step(Tensor theta, Tensor spare, const Tensor& grad, const Tensor& x,
   const Points points(scale, zero, fixed, low, high, rows);
   const float* from = x.const_data_ptr<float>();
   const float* g = grad.const_data_ptr<float>();
-  uint8_t* codes = theta.mutable_data_ptr<uint8_t>();
-  float* own = spare.mutable_data_ptr<float>();  // Theta's gradient
+  const uint8_t* codes = theta.const_data_ptr<uint8_t>();
   const Sharpness curve(*sharpness.const_data_ptr<float>());
-  const V most(std::numeric_limits<float>::max());
+  float* own_to = spare.mutable_data_ptr<float>();
   Tensor squares = at::empty({rows}, x.options());
   float* square_to = squares.mutable_data_ptr<float>();
   at::parallel_for(0, rows, std::max<int64_t>(1, GRAIN / size), [&](int64_t first, int64_t last) {
@@ -319,23 +340,16 @@ void theta_step(Tensor theta, Tensor spare, const Tensor& grad, const Tensor& x,
         const V place = clamped(part(from + k, count) / s + z, points.low, points.high);
         const V b = bytes(codes + k, count) * V(UNIT);
         const Surrogate f(place - place.round(), b, V(1.0f) - b, curve);
-        const V all = part(g + k, count) * inverse(at::vec::clamp_min(f.slope, V(1e-3f))) * f.gap * s;
-        const V finite = V::blendv(V(0.0f), all, all.abs() <= most);  // what is no number moves nothing
-        finite.store(own + k, int(count));
-        const V more = sum + finite * finite;
+        // What is no number moves nothing.
+        const V moves = finite(part(g + k, count) * inverse(at::vec::clamp_min(f.slope, V(1e-3f))) * f.gap * s);
+        moves.store(own_to + k, int(count));
+        const V more = sum + moves * moves;
         sum = count == LANES ? more : V::set(sum, more, count);
       }
       square_to[row] = at::vec::vec_reduce_all<float>([](V a, V b) { return a + b; }, sum);
     }
   });
-  double all = 0;
-  for (int64_t row = 0; row < rows; row++) all += square_to[row];
-  const float rms = std::max(float(std::sqrt(all / double(x.numel()))), std::numeric_limits<float>::min());
-  const float factor = float(rate * 255) / rms;
-  const uint32_t begin = uint32_t(*start.const_data_ptr<int64_t>()) * 0x9E3779B1u;
-  at::parallel_for(0, x.numel(), GRAIN, [=](int64_t first, int64_t last) {
-    move(codes, own, factor, begin, first, last);
-  });
+  step_bytes(theta, spare, squares, rate, *start.const_data_ptr<int64_t>());
 }
 
 }  // namespace

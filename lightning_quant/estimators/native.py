@@ -94,7 +94,7 @@ def gradients(
     rule = _rule(settings)
     constants = rule.kind, settings.clips, rule.below, rule.above, rule.delta, learns, settings.interior
     of_scale, of_theta = torch.ops.lightning_quant.gradients_into(
-        out, y, grad, x, scale, *kernels.points(settings.grid, zero), *constants, *_own(rule, inputs)
+        out, y, grad, x, scale, *kernels.points(settings.grid, zero), *constants, *_own(rule, inputs), None
     )
     state: tuple[Tensor | None, ...] = (None,) * len(inputs)
     if rule.kind == SURROGATE and of_theta.numel():
@@ -178,7 +178,7 @@ def rounded_linear(
         if not _takes(inner, x, inner_tensors) or _rule(inner.settings).kind == SURROGATE:
             return None
         inputs = (_constants(inner), *inner_tensors[:2])
-    given = (x, weight, bias, _constants(way), *tensors[:2], *own, *inputs)
+    given = (x, weight, bias, _constants(way), *tensors[:2], *own, *inputs, *(way.turn or (None, None)))
     return torch.ops.lightning_quant.rounded_linear(*given)  # type: ignore[no-any-return]
 
 
@@ -224,6 +224,7 @@ class _Rule(NamedTuple):
     below: float
     above: float
     delta: float
+    rate: float
 
 
 _LIMITS = torch.finfo(torch.float32).eps, torch.finfo(torch.float32).tiny
@@ -238,7 +239,8 @@ def _rule(settings: Settings) -> _Rule:
         low, high = grid.span(rule.edges(grid)) if clips else (0.0, 0.0)
         kind = SCALED if isinstance(rule, Ewgs) else SURROGATE if isinstance(rule, Pege) else STRAIGHT
         delta = float(rule.delta) if isinstance(rule, Ewgs) else 0.0
-        _rules[key] = _Rule(kind, -beyond(-low, *_LIMITS), beyond(high, *_LIMITS), delta), rule, grid
+        rate = float(rule.uint8_lr) if isinstance(rule, Pege) else 0.0
+        _rules[key] = _Rule(kind, -beyond(-low, *_LIMITS), beyond(high, *_LIMITS), delta, rate), rule, grid
     return _rules[key][0]
 
 
@@ -252,7 +254,7 @@ def _constants(way: Deferred) -> list[float]:
     grid, clips, interior, *_ = way.settings
     rule = _rule(way.settings)
     numbers = way.shape[-1], grid.low, grid.high, rule.kind, clips, interior
-    return [*map(float, numbers), way.zero, rule.below, rule.above, rule.delta, way.factor]
+    return [*map(float, numbers), way.zero, rule.below, rule.above, rule.delta, way.factor, rule.rate]
 
 
 def _gathered(rows: Tensor, like: Tensor) -> Tensor:

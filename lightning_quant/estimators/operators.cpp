@@ -16,19 +16,29 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
+// Memory for what lives for one operation, which stays in the processor's cache: as scratch.py's, twice.
+Tensor scratch(const Tensor& like, int which = 0) {
+  static thread_local Tensor both[2];
+  constexpr int64_t LARGEST = 1 << 24;
+  if (like.numel() > LARGEST) return at::empty_like(like);
+  Tensor& held = both[which];
+  if (!held.defined() || held.numel() < like.numel()) held = at::empty({like.numel()}, like.options());
+  return held.narrow(0, 0, like.numel()).view(like.sizes());
+}
+
 // A quantizer: the constants that native.py's ``constants`` lists, in its order, and its tensors.
 struct Rounder {
   int64_t size, low, high, rule;
   bool clips, interior;
-  double fixed, below, above, delta, factor;
+  double fixed, below, above, delta, factor, rate;
   Tensor scale;
   std::optional<Tensor> zero, theta, sharpness, pull;
 
   Rounder(c10::ArrayRef<double> c, Tensor scale, std::optional<Tensor> zero, std::optional<Tensor> theta = {},
           std::optional<Tensor> sharpness = {}, std::optional<Tensor> pull = {})
       : size(int64_t(c[0])), low(int64_t(c[1])), high(int64_t(c[2])), rule(int64_t(c[3])), clips(c[4] != 0),
-        interior(c[5] != 0), fixed(c[6]), below(c[7]), above(c[8]), delta(c[9]), factor(c[10]), scale(std::move(scale)),
-        zero(std::move(zero)), theta(std::move(theta)), sharpness(std::move(sharpness)), pull(std::move(pull)) {}
+        interior(c[5] != 0), fixed(c[6]), below(c[7]), above(c[8]), delta(c[9]), factor(c[10]), rate(c[11]),
+        scale(std::move(scale)), zero(std::move(zero)), theta(std::move(theta)), sharpness(std::move(sharpness)), pull(std::move(pull)) {}
 
   bool passes(bool learns) const { return !clips && rule == STRAIGHT && !learns; }
 
@@ -39,8 +49,10 @@ struct Rounder {
     return into;
   }
 
-  // In place of grad: gradients of the scale and of a shared Theta; y, if given, takes the rounded x.
-  std::tuple<Tensor, Tensor> pull_back(Tensor& grad, const Tensor& x, bool learns, const std::optional<Tensor>& y) const {
+  // In place of grad: gradients of the scale and of a shared Theta; y, if given, takes the rounded x, and a Theta in bytes
+  // makes its step, if start is given.
+  std::tuple<Tensor, Tensor> pull_back(Tensor& grad, const Tensor& x, bool learns, const std::optional<Tensor>& y,
+                                       std::optional<int64_t> start = {}) const {
     Tensor of_scale, of_theta, moved = blocks(grad);
     if (passes(learns)) {
       if (y) rounded(x, *y);
@@ -48,9 +60,12 @@ struct Rounder {
     }
     std::optional<Tensor> again;
     if (y) again = blocks(*y);
+    std::optional<Tensor> own;
+    if (start) own = blocks(scratch(x, 1));
     std::tie(of_scale, of_theta) = gradients(moved, again, moved, blocks(x), scale, zero, fixed, low, high, rule, clips, below,
-                                             above, delta, learns, interior, theta, sharpness, pull);
-    return {learns ? gathered(of_scale, scale).mul_(factor) : Tensor(), of_theta.numel() ? gathered(of_theta, *theta) : Tensor()};
+                                             above, delta, learns, interior, theta, sharpness, pull, own);
+    if (start) step_bytes(*theta, *own, of_theta, rate, *start);
+    return {learns ? gathered(of_scale, scale).mul_(factor) : Tensor(), of_theta.numel() && !start ? gathered(of_theta, *theta) : Tensor()};
   }
 
   // Sums of rows added up for what shares an entry.
@@ -58,15 +73,6 @@ struct Rounder {
     return (rows.numel() == like.numel() ? rows : rows.view({like.numel(), -1}).sum(1)).view(like.sizes());
   }
 };
-
-// Memory for what lives for one operation, which stays in the processor's cache: as scratch.py's.
-Tensor scratch(const Tensor& like) {
-  static thread_local Tensor held;
-  constexpr int64_t LARGEST = 1 << 24;
-  if (like.numel() > LARGEST) return at::empty_like(like);
-  if (!held.defined() || held.numel() < like.numel()) held = at::empty({like.numel()}, like.options());
-  return held.narrow(0, 0, like.numel()).view(like.sizes());
-}
 
 // Ranges of a profile.
 constexpr const char* FORWARD = "lightning_quant::forward";
@@ -155,18 +161,24 @@ Tensor rounded_input(const Tensor& x, std::vector<double> way, const Tensor& sca
   return y;
 }
 
+constexpr int64_t MOVED = std::numeric_limits<int64_t>::min();  // and with the calls that follow it is still below 0
+
 struct RoundedLinear : torch::autograd::Function<RoundedLinear> {
   using Maybe = std::optional<Tensor>;
 
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const Maybe& bias,
                         const std::vector<double>& way, const Tensor& scale, const Maybe& zero, const Maybe& theta,
                         const Maybe& sharpness, const Maybe& pull, const std::vector<double>& inner, const Maybe& inner_scale,
-                        const Maybe& inner_zero) {
+                        const Maybe& inner_zero, const Maybe& turn, const Maybe& step) {
     const auto kept = [](const Maybe& t) { return t ? *t : Tensor(); };
     ctx->save_for_backward({x, weight, scale, kept(zero), kept(theta), kept(sharpness), kept(pull), kept(inner_scale), kept(inner_zero)});
     ctx->saved_data["way"] = way;
     ctx->saved_data["inner"] = inner;
     ctx->saved_data["bias"] = bias.has_value();
+    if (turn) {
+      ctx->saved_data["turn"] = *turn;
+      ctx->saved_data["step"] = *step;
+    }
     const Rounder own(way, scale, zero);
     Tensor rounded = x, y = scratch(weight);
     {
@@ -208,7 +220,7 @@ struct RoundedLinear : torch::autograd::Function<RoundedLinear> {
       rounded.reset();
       if (of_input) y = scratch(weight);
       RECORD_FUNCTION(BACKWARD, {});
-      std::tie(to_scale, to_theta) = own.pull_back(to_weight, weight, of_scale, given(y));
+      std::tie(to_scale, to_theta) = own.pull_back(to_weight, weight, of_scale, given(y), own_turn(ctx));
     }
     if (of_input) {
       if (!y.defined()) y = own.rounded(weight, scratch(weight));
@@ -218,15 +230,27 @@ struct RoundedLinear : torch::autograd::Function<RoundedLinear> {
     }
     if (of_bias) to_bias = grad.sum(0);
     const Tensor none;
-    return {to_x, to_weight, to_bias, none, to_scale, none, to_theta, none, none, none, to_inner, none};
+    return {to_x, to_weight, to_bias, none, to_scale, none, to_theta, none, none, none, to_inner, none, none, none};
+  }
+
+  // Where the draws of Theta's step start, if it is to be made now: at the first backward of one call.
+  static std::optional<int64_t> own_turn(AutogradContext* ctx) {
+    const auto found = ctx->saved_data.find("turn");
+    if (found == ctx->saved_data.end()) return {};
+    int64_t* turn = found->second.toTensor().mutable_data_ptr<int64_t>();
+    if (turn[0] != 1) return {};
+    turn[0] = MOVED;
+    return *ctx->saved_data["step"].toTensor().const_data_ptr<int64_t>() + turn[1];
   }
 };
 
 Tensor rounded_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, std::vector<double> way,
                       const Tensor& scale, const std::optional<Tensor>& zero, const std::optional<Tensor>& theta,
                       const std::optional<Tensor>& sharpness, const std::optional<Tensor>& pull, std::vector<double> inner,
-                      const std::optional<Tensor>& inner_scale, const std::optional<Tensor>& inner_zero) {
-  return RoundedLinear::apply(x, weight, bias, way, scale, zero, theta, sharpness, pull, inner, inner_scale, inner_zero);
+                      const std::optional<Tensor>& inner_scale, const std::optional<Tensor>& inner_zero,
+                      const std::optional<Tensor>& turn, const std::optional<Tensor>& step) {
+  if (turn && at::GradMode::is_enabled()) ++*turn->mutable_data_ptr<int64_t>();
+  return RoundedLinear::apply(x, weight, bias, way, scale, zero, theta, sharpness, pull, inner, inner_scale, inner_zero, turn, step);
 }
 
 TORCH_LIBRARY_FRAGMENT(lightning_quant, m) {
@@ -234,7 +258,7 @@ TORCH_LIBRARY_FRAGMENT(lightning_quant, m) {
   m.def(
       "gradients_into(Tensor(a!) out, Tensor(b!)? y, Tensor grad, Tensor x, Tensor scale, Tensor? zero, float fixed, int low, "
       "int high, int rule, bool clips, float below, float above, float delta, bool learns, bool interior, "
-      "Tensor? theta, Tensor? sharpness, Tensor? pull) -> (Tensor, Tensor)");
+      "Tensor? theta, Tensor? sharpness, Tensor? pull, Tensor(c!)? own) -> (Tensor, Tensor)");
   m.def(
       "theta_step(Tensor(a!) theta, Tensor(b!) spare, Tensor grad, Tensor x, Tensor scale, Tensor? zero, float fixed, int low, "
       "int high, Tensor sharpness, float rate, Tensor start) -> ()");
@@ -243,7 +267,8 @@ TORCH_LIBRARY_FRAGMENT(lightning_quant, m) {
   m.def("rounded_input(Tensor x, float[] way, Tensor scale, Tensor? zero) -> Tensor");
   m.def(
       "rounded_linear(Tensor x, Tensor weight, Tensor? bias, float[] way, Tensor scale, Tensor? zero, Tensor? theta, "
-      "Tensor? sharpness, Tensor? pull, float[] inner, Tensor? inner_scale, Tensor? inner_zero) -> Tensor");
+      "Tensor? sharpness, Tensor? pull, float[] inner, Tensor? inner_scale, Tensor? inner_zero, Tensor(a!)? turn, "
+      "Tensor? step) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(lightning_quant, CPU, m) {

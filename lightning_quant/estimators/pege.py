@@ -156,7 +156,7 @@ class Pege(Estimator):
         b = b.to(quantizer.device)
         if self._is_uint8(quantizer):
             quantizer.register_buffer("theta", (b * 255).round().to(torch.uint8))
-            quantizer.track_step()
+            quantizer.track_turn()
         else:
             quantizer.register_parameter("theta", nn.Parameter(b.to(quantizer.dtype)))
         if self.learns_sharpness:
@@ -229,9 +229,10 @@ class Pege(Estimator):
         """Step of a uint8 Theta: b -= uint8_lr * g_b / rms(g_b), rounded stochastically to 1/255.
 
         g_b comes from the weight's own, already reduced, gradient: (g + 2 lam e) = g_x / D.  Being
-        normalised it does not see loss scaling, clipping or accumulation.
+        normalised it does not see loss scaling, clipping or accumulation.  Kernels that compute it anyway make the step
+        in backward, where nothing is accumulated: see ``FakeQuantizer.track_turn``.
         """
-        if not self._is_uint8(quantizer) or weight.grad is None:
+        if not self._is_uint8(quantizer) or weight.grad is None or quantizer.moved:
             return
         with torch.no_grad():
             view, scale, zero, _ = quantizer.blocks(self.transform(quantizer, weight.detach()))
