@@ -21,6 +21,7 @@ using at::Tensor;
 using V = at::vec::Vectorized<float>;
 
 constexpr int64_t LANES = V::size();
+constexpr int64_t AHEAD = 512;  // elements that memory is asked for in advance: products leave nothing in the caches
 constexpr int64_t GRAIN = 16384;  // elements that are worth a thread
 
 enum Rule { STRAIGHT, SCALED, SURROGATE, SURROGATE_BYTES };  // the last: Theta in bytes, one for each element
@@ -30,7 +31,7 @@ struct Shared {
   const float* values;
   int64_t run;
   Shared(const Tensor& t, int64_t rows) : values(t.const_data_ptr<float>()), run(rows / t.numel()) {}
-  float at(int64_t row) const { return values[row / run]; }
+  float at(int64_t row) const { return values[run == 1 ? row : row / run]; }
 };
 
 struct Points {  // scales, zero points or one number, and the outermost codes
@@ -57,6 +58,9 @@ V inverse(V x) {
   const V near(_mm512_rcp14_ps(x));
   return near * (V(2.0f) - x * near);
 }
+V whole_bytes(const uint8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
 // 2^x off by 1e-7 of it: the best polynomial of degree 5 between integers.
 V power_of_two(V x) {
   const V whole = x.round(), f = x - whole;
@@ -68,6 +72,9 @@ V power_of_two(V x) {
 V inside(V given, V u, V least, V most) { return V::blendv(given, V(0.0f), (u <= least) | (u >= most)); }
 V beyond(V x, float most) { return V::blendv(x, V(0.0f), x.abs() <= V(most)); }
 V inverse(V x) { return V(1.0f) / x; }
+V whole_bytes(const uint8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
 V power_of_two(V x) { return (x * V(0.69314718f)).exp_u20(); }
 #endif
 
@@ -90,15 +97,16 @@ struct Surrogate {
   }
 };
 
-V part(const float* p, int64_t count) { return count == LANES ? V::loadu(p) : V::loadu(p, count); }
+V part(const float* p, int64_t count) {
+  __builtin_prefetch(p + AHEAD);
+  return count == LANES ? V::loadu(p) : V::loadu(p, count);
+}
 
-// Where all lanes are in use the loops have a fixed end, which compilers make vectors of.
 V bytes(const uint8_t* p, int64_t count) {
+  __builtin_prefetch(p + AHEAD);
+  if (count == LANES) return whole_bytes(p);
   float wide[LANES] = {};
-  if (count == LANES)
-    for (int64_t i = 0; i < LANES; i++) wide[i] = float(p[i]);
-  else
-    for (int64_t i = 0; i < count; i++) wide[i] = float(p[i]);
+  for (int64_t i = 0; i < count; i++) wide[i] = float(p[i]);
   return V::loadu(wide);
 }
 
