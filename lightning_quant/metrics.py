@@ -11,8 +11,8 @@ a layer called twice):
 
 Counted over an update, for weights: ``flips``, the share of codes, as evaluation assigns them, that the optimizer step
 changed.  Read off the state: ``scale_drift``, the mean of ``|s / s0 - 1|`` over learned scales, s0 those at the run's
-begin (a resumed run begins anew; an input's at the first report after its range was observed), and what the method
-names (``Estimator.metrics``).
+begin (a resumed run begins anew; an input's at the first report after its range was observed; of a layer with many,
+some ``SAMPLE`` of them, evenly spread), and what the method names (``Estimator.metrics``).
 
 Each rank reports its own batch, and under sharding the drift of its own part of the scales.  Figures of a whole weight
 are gathered; for flips that takes one weight at a time, before and after the update.
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 # Averaged apart for weights and for inputs; a mean of scales over layers would say nothing.
 _BY_ROLE = ("error", "clip", "flips", "scale_drift")
 _PER_LAYER = ("scale",)
+SAMPLE = 1024  # of a layer's scales: a copy of all would take as much memory as one of their optimizer's states
 
 
 def measure(
@@ -99,11 +100,12 @@ def flips(then: Tensor, now: Tensor) -> Tensor:
 
 @torch.no_grad()
 def learned_scales(quantizer: FakeQuantizer) -> Tensor | None:
-    """A copy of this rank's learned scales, real; None while there are none."""
+    """A copy of some of this rank's learned scales, real; None while there are none."""
     if not quantizer.ready or quantizer.observing or not quantizer.range_parameters():
         return None
-    scales = to_local(quantizer.range.scale(quantizer).detach())
-    return scales.to(_wide(scales)).clone() if scales.numel() else None
+    scales = to_local(quantizer.range.scale(quantizer).detach()).flatten()
+    step = -(-scales.numel() // SAMPLE) | 1  # odd: all groups of a row have their turn
+    return scales[::step].to(_wide(scales), copy=True) if scales.numel() else None
 
 
 @torch.no_grad()

@@ -270,3 +270,22 @@ def test_batches_of_any_size_fill_no_memory(monkeypatch):
     for rows in range(1, 20):
         assert taken(own, torch.randn(rows, 64))
         assert len(native._known) <= 5
+
+
+def test_memory_for_rounding_is_given_back_between_forward_and_backward():
+    """Where a step's memory is at its peak."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 256), nn.Linear(256, 320), nn.Linear(320, 64))
+    attach(model, QuantConfig.parse("lsq", "w4a16-g32", compile=True, head=True))
+    x, largest = torch.randn(4, 64), 4 * model[1].weight.numel()
+    for _ in range(2):  # what ran before may have left calls without a backward
+        model(x).sum().backward()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        for _ in range(3):
+            model(x).sum().backward()
+    kept = [e.self_cpu_memory_usage for e in seen.events() if e.name == "lightning_quant::rounded_linear"]
+    assert len(kept) == 9
+    assert [i for i, n in enumerate(kept) if n <= -largest] == [
+        5,
+        8,
+    ]  # what the profiler saw made: of the first step on

@@ -17,8 +17,9 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 // Memory for what lives for one operation, which stays in the processor's cache: as scratch.py's, twice.
+thread_local Tensor both[2];
+
 Tensor scratch(const Tensor& like, int which = 0) {
-  static thread_local Tensor both[2];
   constexpr int64_t LARGEST = 1 << 24;
   if (like.numel() > LARGEST) return at::empty_like(like);
   Tensor& held = both[which];
@@ -161,6 +162,20 @@ Tensor rounded_input(const Tensor& x, std::vector<double> way, const Tensor& sca
   return y;
 }
 
+// A step's memory is at its peak between forward and backward.  What scratch holds is given back at the last layer of a
+// forward, which is that with the number of the last one before the last backward.
+struct Pass {
+  int64_t layers = 0, last = 0;
+  void forward() {
+    if (++layers == last) both[0] = both[1] = Tensor();
+  }
+  void backward() {
+    if (layers) last = layers;
+    layers = 0;
+  }
+};
+thread_local Pass pass;
+
 constexpr int64_t MOVED = std::numeric_limits<int64_t>::min();  // and with the calls that follow it is still below 0
 
 struct RoundedLinear : torch::autograd::Function<RoundedLinear> {
@@ -187,12 +202,14 @@ struct RoundedLinear : torch::autograd::Function<RoundedLinear> {
       own.rounded(weight, y);
     }
     y = at::linear(rounded, y, bias);
+    pass.forward();
     return at::_unsafe_view(y, y.sizes());  // which may be changed in place
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     TORCH_CHECK(!at::GradMode::is_enabled(), ONCE);
     const auto saved = ctx->get_saved_variables();
+    pass.backward();
     const Tensor &x = saved[0], &weight = saved[1];
     const auto way = ctx->saved_data["way"].toDoubleVector(), inner = ctx->saved_data["inner"].toDoubleVector();
     const Rounder own(way, saved[2], given(saved[3]), given(saved[4]), given(saved[5]), given(saved[6]));
