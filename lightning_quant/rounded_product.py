@@ -29,14 +29,14 @@ def rounded_product(
 
     Args:
         layer: Has ``weight`` (out, in), ``bias``, ``weight_quant`` and ``input_quant``.
-        x: Its input, (..., in).
+        x: Its input, (..., in); with ``made`` one that is rounded already.
         made: What stands for its weight, (out, in), made by other operations.
         again: Makes that once more, so that it need not be kept for backward.
 
     Returns:
         (..., out).
     """
-    weight, of_input = layer.weight if made is None else made, layer.input_quant
+    weight, of_input = (layer.weight, layer.input_quant) if made is None else (made, None)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return None
     if type(x) not in PLAIN or type(weight) not in PLAIN or zero.is_partitioned(weight):

@@ -9,11 +9,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from lightning_quant import LayerRule, QuantConfig, QuantController, attach, detach
+from lightning_quant import LayerRule, QuantConfig, QuantController, attach, calibrate, detach
 from lightning_quant.attach import quant_layers, quantizers
 from lightning_quant.errors import AttachError
 from lightning_quant.export import export, verify
 from lightning_quant.optim import param_groups
+from lightning_quant.quantizer import FakeQuantizer
 from tests.integration.tiny import causal_lm, token_batch
 
 # PEFT 0.21 still asks transformers for the old name.
@@ -28,6 +29,9 @@ CASES = {
     "dropout": {"lora_dropout": 0.25},
     "dora with dropout": {"use_dora": True, "lora_dropout": 0.25},
 }
+
+
+COMPILES = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own imports
 
 
 def adapted(case: str = "plain", **settings: object) -> nn.Module:
@@ -125,6 +129,41 @@ def test_gradients_are_those_of_the_written_formula():
     torch.testing.assert_close(got[0], 4.0 * b.T @ w.grad)
     torch.testing.assert_close(got[1], 4.0 * w.grad @ a.T)
     assert layer.weight.grad is None
+
+
+@pytest.mark.parametrize(("method", "scheme"), [("ste", "w8a8"), ("lsq", "w8a8-static"), ("ewgs", "w4a8-static-g32")])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=COMPILES)])
+def test_an_input_is_rounded_once(monkeypatch, method, scheme, compiled):
+    """With its gradient, and its scale's, as those of a plain layer that holds the merged weight."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32))
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["0", "2"], init_lora_weights=False))
+    config = QuantConfig.parse(method, scheme, compile=compiled, calibration=1, head=True)
+    attach(model, config)
+    x = 3 * torch.randn(8, 64)
+    calibrate(model, [x / 2])  # so that some of it is clipped
+    twin = copy.deepcopy(model).merge_and_unload().train()
+    calls: list[FakeQuantizer] = []
+
+    def noting(born):
+        return lambda q, value: (calls.append(q), born(q, value))[1]
+
+    monkeypatch.setattr(FakeQuantizer, "_quantize", noting(FakeQuantizer._quantize))
+    monkeypatch.setattr(FakeQuantizer, "deferred", noting(FakeQuantizer.deferred))
+    results = []
+    for one in (model.train(), twin):
+        calls.clear()
+        given = x.clone().requires_grad_()
+        y = one(given)
+        inputs = [q for q in calls if not q.is_weight]
+        assert len(inputs) == 2
+        y.square().sum().backward()
+        learned = [layer.input_quant.scale.grad for _, layer in quant_layers(one) if not layer.input_quant.spec.dynamic]
+        results.append([y, given.grad, *(g for g in learned if g is not None)])
+    assert len(results[0]) == len(results[1]) == (2 if scheme == "w8a8" else 4)
+    assert torch.equal(results[0][0], results[1][0])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_two_adapters():
