@@ -176,8 +176,8 @@ def test_tables_and_parts(tmp_path):
     assert (
         "1-layer Llama (hidden 512, 1 x 32 tokens, float32, AdamW) on P, 1 threads; plain is 2 s and 1024 MiB" in table
     )
-    assert "| ours ste | w4a16-g32 | 1.020 | [1.010 to 1.030] | 1.020 |" in table
-    assert "| ours LoRA ste | w4a16-g32 | 1.100 | [0.540 to 0.560] | 1.100 |" in table
+    assert "| ours ste | w4a16-g32 | 1.020 | [1.010 to 1.030, 3] | 1.020 |" in table
+    assert "| ours LoRA ste | w4a16-g32 | 1.100 | [0.540 to 0.560, 3] | 1.100 |" in table
     assert "| torchao | w8a8 | failed: no \\| such thing | | |" in table
     assert table.index("Llama") < table.index("ViT-B/16")
     assert "| ours ste | w4a16-g32 | 1.00% | 2.00% | 0.10% | 0.00% | 3.10% |" in overhead.share_table(results)
@@ -186,11 +186,17 @@ def test_tables_and_parts(tmp_path):
     assert (
         "| what was rounded is kept for backward | 2 MiB | 1.010 | 1.500 | [1.490 to 1.510] | 1.500 | 1.500 |" in rows
     )
-    fewer = {**steps(), "candidates": {"plain": figures(1.0), "torchao w8a8": figures(1.2)}}
+    more = {"plain": figures(1.0, rounds=40), "torchao w8a8": figures(1.2, rounds=40)}
+    fewer = {**steps(), "candidates": more, "settings": {**steps()["settings"], "rounds": 40}}
     both = overhead.put(tmp_path / "added.json", "llama", "steps", steps())
     assert "ours ste w4a16-g32" in both["models"]["llama"]["steps"]["candidates"]
     both = overhead.put(tmp_path / "added.json", "llama", "steps", fewer, add=True)["models"]["llama"]["steps"]
     assert list(both["candidates"]) == [*steps()["candidates"], "torchao w8a8"]
+    assert {name: c["rounds"] for name, c in both["candidates"].items()} == {
+        **dict.fromkeys(steps()["candidates"], 3),
+        "plain": 40,
+        "torchao w8a8": 40,
+    }
     with pytest.raises(SystemExit, match="settings"):
         overhead.put(tmp_path / "added.json", "llama", "steps", {**fewer, "settings": {}}, add=True)
     assert overhead.ablation_table({"models": {}}) == "Not measured yet."

@@ -52,15 +52,17 @@ def put(path: Path, name: str, kind: str, results: dict[str, Any], add: bool = F
         name: See ``part_name``.
         kind: ``steps`` or ``ablation``.
         results: What was measured.
-        add: Keep the candidates that were measured before and are not among these, if the settings are the same.
+        add: Keep the candidates that were measured before and are not among these, if the settings are the same but for
+            the number of rounds.
     """
     models = read(path)["models"]
     part = models.setdefault(name, {})
     if add and kind in part:
-        if part[kind]["settings"] != results["settings"]:
-            raise SystemExit(
-                f"--add: expected settings {part[kind]['settings']}, got others. Measure all of them anew."
-            )
+        then = part[kind]["settings"]
+        if {**then, "rounds": 0, "warmup": 0} != {**results["settings"], "rounds": 0, "warmup": 0}:
+            raise SystemExit(f"--add: expected settings {then}, got others. Measure all of them anew.")
+        for candidate in part[kind]["candidates"].values():
+            candidate.setdefault("rounds", then["rounds"])
         results = {**results, "candidates": {**part[kind]["candidates"], **results["candidates"]}}
     part[kind] = results
     order = list(FAMILIES)

@@ -224,7 +224,10 @@ class Run:
 
 def summary(measured: list[Round], name: str, baseline: str = "plain") -> dict[str, float]:
     """Median and spread of a candidate's per-round ratios to a baseline, by wall clock and by processor time."""
-    out = {"seconds": statistics.median(a["wall"] for answers in measured for a in answers[name])}
+    out = {
+        "rounds": len(measured),
+        "seconds": statistics.median(a["wall"] for answers in measured for a in answers[name]),
+    }
     for clock, label in (("wall", "ratio"), ("cpu", "cpu_ratio")):
         ratios = []
         for answers in measured:

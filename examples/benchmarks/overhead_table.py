@@ -22,7 +22,7 @@ def _steps(results: dict[str, Any]) -> str:
     found = results["candidates"]
     lines = [
         f"Training step of a {_where(results)}; plain is {_size(found['plain'])}. "
-        f"{results['settings']['rounds']} interleaved rounds: medians, 10 to 90 % in brackets.",
+        "Medians of interleaved rounds; in brackets 10 to 90 % of them, and how many they are.",
         "",
         "| | scheme | time | | peak memory |",
         "|---|---|---|---|---|",
@@ -32,7 +32,7 @@ def _steps(results: dict[str, Any]) -> str:
         who, scheme = named(name)
         who += f" ({_size(c)})" * (c is base and name != "plain")
         memory = f"{c['peak'] / base['peak']:.3f}" if "peak" in c else ""
-        spread = f"{c['ratio_10']:.3f} to {c['ratio_90']:.3f}"
+        spread = f"{c['ratio_10']:.3f} to {c['ratio_90']:.3f}, {c.get('rounds', results['settings']['rounds'])}"
         lines.append(f"| {who} | {scheme} | {c['ratio']:.3f} | [{spread}] | {memory} |")
     lines += [f"| {' | '.join(named(name))} | failed: {_cell(why)} | | |" for name, why in _failed(results)]
     if len({c.get("baseline", "plain") for c in found.values()}) > 1:
