@@ -153,7 +153,7 @@ class FakeQuantizer(nn.Module):
         moved, and what ``noise.seed`` adds to the step; int64, in the processor's memory.
         """
         self.track_step()
-        self.turn = torch.tensor([ACCUMULATES, offset(self.salt)])
+        self.turn = torch.tensor([ACCUMULATES, offset(self.salt)], device="cpu")
 
     @property
     def moved(self) -> bool:

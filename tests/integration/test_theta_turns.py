@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_integration import QuantTrainer
-from lightning_quant import QuantCallback, QuantConfig, QuantController
+from lightning_quant import QuantCallback, QuantConfig, QuantController, attach
 from lightning_quant.attach import quant_layers
 from lightning_quant.estimators import native
 from lightning_quant.estimators.pege import Pege
@@ -89,6 +89,16 @@ def test_each_step_starts_anew_and_without_word_of_it_nothing_moves():
     for _ in range(2):  # the copy's turn is its own, and has moved already
         own(x).square().mean().backward()
         assert all(torch.equal(a, b) for a, b in zip(thetas(own), before, strict=True))
+
+
+def test_a_model_without_memory_counts_its_turns():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(64, 32))
+        attach(model, config(), fit=False)
+    (layer,) = [layer for _, layer in quant_layers(model)]
+    assert layer.weight_quant.theta.is_meta
+    assert layer.weight_quant.turn.device.type == "cpu"
+    assert not layer.weight_quant.moved
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
