@@ -237,7 +237,7 @@ struct RoundedLinear : torch::autograd::Function<RoundedLinear> {
       rounded.reset();
       if (of_input) y = scratch(weight);
       RECORD_FUNCTION(BACKWARD, {});
-      std::tie(to_scale, to_theta) = own.pull_back(to_weight, weight, of_scale, given(y), own_turn(ctx));
+      std::tie(to_scale, to_theta) = own.pull_back(to_weight, weight, of_scale, given(y), of_weight ? own_turn(ctx) : std::nullopt);
     }
     if (of_input) {
       if (!y.defined()) y = own.rounded(weight, scratch(weight));

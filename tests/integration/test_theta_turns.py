@@ -120,7 +120,7 @@ def test_what_is_called_twice_waits_for_the_update(reentrant):
     assert all((a != b).any() for a, b in zip(thetas(model), before, strict=True))
 
 
-def test_evaluation_and_a_frozen_weight_move_nothing():
+def test_evaluation_moves_nothing():
     controller, model = controlled()
     controller.on_step(0, alone=True)
     before, x = thetas(model), torch.randn(8, 64, requires_grad=True)
@@ -129,12 +129,19 @@ def test_evaluation_and_a_frozen_weight_move_nothing():
     model.eval()(x).square().sum().backward()
     assert moved(model) == [False, False]
     assert all(torch.equal(a, b) for a, b in zip(thetas(model), before, strict=True))
-    model.train()
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_the_theta_of_a_frozen_weight_stays_while_its_scale_learns(alone):
+    controller, model = controlled()
     model[0].weight.requires_grad_(False)
-    model(x).square().sum().backward()
-    assert moved(model)[1]
+    controller.on_step(0, alone=alone)
+    before = thetas(model)
+    model(torch.randn(8, 64)).square().sum().backward()
     controller.before_optimizer_step()
-    assert torch.equal(thetas(model)[0], before[0]) == (model[0].weight.grad is None)
+    assert model[0].weight_quant.scale.grad.any()
+    assert moved(model) == [False, alone]
+    assert [torch.equal(a, b) for a, b in zip(thetas(model), before, strict=True)] == [True, False]
 
 
 @pytest.fixture
