@@ -210,10 +210,14 @@ def test_tables_and_parts(tmp_path):
 def test_a_run_leaves_out_what_fails_and_keeps_the_rest():
     plain = {"kind": "plain"}
     broken = {"kind": "ours", "method": "ste", "scheme": "w4a16-g48", "options": {}, "baseline": "plain"}
-    run = Run({"plain": plain, "ours ste w4a16-g48": broken}, tiny(), rounds=1, warmup=0, memory=False, profiled=False)
+    again = {**plain, "baseline": "plain", "scheme": "w4a16-g48"}
+    both = {"plain": plain, "plain, again": again, "ours ste w4a16-g48": broken}
+    run = Run(both, tiny(), rounds=1, warmup=0, starts=2, memory=False, profiled=False)
     found = run.measure()
-    assert list(found) == ["plain"]
+    assert list(found) == ["plain", "plain, again"]
     assert found["plain"]["ratio"] == 1.0
+    assert found["plain, again"]["ratio"] != 1.0
+    assert {c["rounds"] for c in found.values()} == {2}  # one after each start
     assert "does not divide" in run.failed["ours ste w4a16-g48"]
     assert run.versions["torch"] == torch.__version__
 

@@ -1,12 +1,13 @@
 """What fake quantization costs a training step, in time and in memory, ours and other libraries'.
 
 Every candidate trains the same model in an interpreter of its own.  Those of one scheme and their baseline (training
-in the same way without quantization) take steps in turn, one at a time; a figure is the median over rounds of a step's
-time divided by the baseline's of the same round.  Processor time is kept too: with ``--threads 1`` it hardly feels what
-else the machine is doing.  Memory is the peak of the resident set in one step over what was resident before the model
-was built, measured in a process of its own in which every tensor above 64 KiB is mapped and unmapped by itself; on a
-GPU times are between its own events, and memory is the allocator's peak.  The profiler then says which share of a step
-is ours.
+in the same way without quantization) take steps in turn, one at a time, and all of them are started anew a few times; a
+figure is the median over rounds of a step's time divided by the baseline's of the same round.  ``plain, again`` is the
+baseline once more, as if it were a candidate: what it differs by from 1 is what this measurement can not see.
+Processor time is kept too: with ``--threads 1`` it hardly feels what else the machine is doing.  Memory is the peak of
+the resident set in one step over what was resident before the model was built, measured in a process of its own in
+which every tensor above 64 KiB is mapped and unmapped by itself; on a GPU times are between its own events, and memory
+is the allocator's peak.  The profiler then says which share of a step is ours.
 
     python examples/benchmarks/overhead.py --peers-venv        # the small Llama; creates .venv-peers once
     python examples/benchmarks/overhead.py --model vit-b       # another model; its part of the results is replaced
@@ -53,13 +54,14 @@ def put(path: Path, name: str, kind: str, results: dict[str, Any], add: bool = F
         kind: ``steps`` or ``ablation``.
         results: What was measured.
         add: Keep the candidates that were measured before and are not among these, if the settings are the same but for
-            the number of rounds.
+            the number of starts and of rounds.
     """
     models = read(path)["models"]
     part = models.setdefault(name, {})
     if add and kind in part:
         then = part[kind]["settings"]
-        if {**then, "rounds": 0, "warmup": 0} != {**results["settings"], "rounds": 0, "warmup": 0}:
+        often = dict.fromkeys(("starts", "rounds", "warmup"))
+        if {**then, **often} != {**results["settings"], **often}:
             raise SystemExit(f"--add: expected settings {then}, got others. Measure all of them anew.")
         for candidate in part[kind]["candidates"].values():
             candidate.setdefault("rounds", then["rounds"])
@@ -87,7 +89,7 @@ def stamp(run: Run, found: dict[str, Any]) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": place,
         "versions": run.versions,
-        "settings": {**run.settings, "rounds": run.rounds, "warmup": run.warmup},
+        "settings": {**run.settings, "starts": run.starts, "rounds": run.rounds, "warmup": run.warmup},
         "failed": run.failed,
         **found,
     }
@@ -105,8 +107,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--compile-model", action="store_true", help="torch.compile of the whole model, plain and ours")
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--warmup", type=int, default=3, help="rounds that are not counted")
+    parser.add_argument("--starts", type=int, default=3, help="how often all interpreters are started anew")
+    parser.add_argument("--rounds", type=int, default=5, help="after each start")
+    parser.add_argument("--warmup", type=int, default=2, help="rounds that are not counted, after each start")
     parser.add_argument("--together", type=int, help="candidates beside one baseline at a time (on a GPU 1)")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--only", nargs="+", help="keep candidates whose name holds one of these")
@@ -141,6 +144,7 @@ def measurement(args: argparse.Namespace) -> Run:
         settings,
         args.rounds,
         args.warmup,
+        args.starts,
         peers,
         memory=not args.no_memory,
         profiled=not (args.no_profile or args.ablate or args.compile_model),

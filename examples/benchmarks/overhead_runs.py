@@ -99,8 +99,10 @@ class Run:
     Attributes:
         candidates: What is measured.
         settings: Of the model and the machine.
-        rounds: Rounds of turns that count.
+        rounds: Rounds of turns that count, after each start.
         warmup: Rounds before them.
+        starts: How often all interpreters are started anew; one may be faster than another by a hundredth, for as long
+            as it lives.
         peers: Interpreter of the peers.
         memory: Measure the peaks of memory.
         profiled: Let the profiler say which share of a step is ours.
@@ -114,6 +116,7 @@ class Run:
     settings: dict[str, Any]
     rounds: int
     warmup: int
+    starts: int = 1
     peers: str | None = None
     memory: bool = True
     profiled: bool = True
@@ -137,9 +140,12 @@ class Run:
         for (baseline, scheme), names in groups(self.candidates).items():
             step = self.together or max(len(names), 1)
             for start in range(0, max(len(names), 1), step):
-                rounds = self.turns(f"{baseline} {scheme}".strip(), baseline, names[start : start + step])
-                for name in (baseline, *names[start : start + step]):
-                    measured.setdefault(name, []).extend(r for r in rounds if name in r)
+                some = names[start : start + step]
+                for i in range(self.starts):
+                    label = f"{baseline} {scheme}".strip() + f" {i + 1}/{self.starts}" * (self.starts > 1)
+                    rounds = self.turns(label, baseline, some, look=i + 1 == self.starts)
+                    for name in (baseline, *some):
+                        measured.setdefault(name, []).extend(r for r in rounds if name in r)
         for name, rounds in measured.items():
             if rounds and name not in self.failed:
                 against = self.candidates[name].get("baseline", name)
@@ -150,11 +156,19 @@ class Run:
         self.found = {name: self.found[name] for name in self.candidates if name in self.found}
         return self.found
 
-    def turns(self, label: str, baseline: str, names: list[str]) -> list[Round]:
-        """Rounds in which the baseline steps twice and each candidate once, in an order that turns."""
+    def turns(self, label: str, baseline: str, names: list[str], look: bool = True) -> list[Round]:
+        """Rounds in which the baseline steps twice and each candidate once, in an order that turns.
+
+        Args:
+            label: Of the progress.
+            baseline: What all are compared with.
+            names: The candidates.
+            look: Ask for shares (and a GPU's memory) at the end.
+        """
         workers: dict[str, Worker] = {}
         measured: list[Round] = []
         try:
+            names = [name for name in names if name not in self.failed]
             for i, name in enumerate((baseline, *names)):
                 say(f"{label}: start {i}/{len(names)}  {name}")
                 self._trying(workers, name, name == baseline, lambda n=name: self._start(n))
@@ -172,7 +186,8 @@ class Run:
                 seconds = statistics.median(a["wall"] for a in answers[baseline])
                 note = "" if r >= 0 else "  (warm-up)"
                 say(f"{label}: round {r + 1}/{self.rounds}  {baseline} {seconds:.3f} s{note}")
-            self._look(workers)
+            if look:
+                self._look(workers)
         finally:
             for worker in workers.values():
                 worker.close()

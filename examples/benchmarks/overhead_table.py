@@ -22,7 +22,7 @@ def _steps(results: dict[str, Any]) -> str:
     found = results["candidates"]
     lines = [
         f"Training step of a {_where(results)}; plain is {_size(found['plain'])}. "
-        "Medians of interleaved rounds; in brackets 10 to 90 % of them, and how many they are.",
+        f"Medians of interleaved rounds{_starts(results)}; in brackets 10 to 90 % of them, and how many they are.",
         "",
         "| | scheme | time | | peak memory |",
         "|---|---|---|---|---|",
@@ -107,6 +107,11 @@ def _where(results: dict[str, Any]) -> str:
     s = results["settings"]
     threads = "" if s.get("device") == "cuda" else f", {s['threads']} threads"
     return f"{title(s)}, AdamW) on {results['machine'].get('gpu') or results['machine']['processor']}{threads}"
+
+
+def _starts(results: dict[str, Any]) -> str:
+    starts = results["settings"].get("starts", 1)
+    return f", all interpreters started {starts} times" if starts > 1 else ""
 
 
 def _size(c: dict[str, Any]) -> str:
