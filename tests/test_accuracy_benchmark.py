@@ -13,17 +13,17 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "benchmarks"))
 
 import accuracy
-import accuracy_methods
-import accuracy_plan
-import accuracy_run
-import accuracy_store
-import accuracy_tasks
-from accuracy_plan import Cell, next_rate, queue
-from accuracy_pool import Pool
-from accuracy_stats import half_width, paired
-from accuracy_store import Job, Store, key_of
-from accuracy_summary import recovered, summary, verdict
-from accuracy_tables import leaderboard, table
+import ladder.methods
+import ladder.plan
+import ladder.run
+import ladder.store
+import ladder.tasks
+from ladder.plan import Cell, next_rate, queue
+from ladder.pool import Pool
+from ladder.stats import half_width, paired
+from ladder.store import Job, Store, key_of
+from ladder.summary import recovered, summary, verdict
+from ladder.tables import leaderboard, table
 
 from lightning_quant.estimators import ESTIMATORS
 
@@ -39,9 +39,9 @@ def figures(held: float, test: float | None = None, born: str = "b", step: float
 
 def fill(store: Store, cell: Cell, best: float, losses: dict[int, float]) -> None:
     """A finished cell: ``best`` has the lowest held-out loss of the sweep."""
-    for rate in accuracy_tasks.TASKS[cell.task].rates[cell.optimizer]:
+    for rate in ladder.tasks.TASKS[cell.task].rates[cell.optimizer]:
         held = 0.1 + abs(math.log10(rate / best))
-        store.add(cell.job(rate, accuracy_methods.SWEEP_SEED), figures(held))
+        store.add(cell.job(rate, ladder.methods.SWEEP_SEED), figures(held))
     for seed, loss in losses.items():
         store.add(cell.job(best, seed), figures(loss))
 
@@ -131,8 +131,8 @@ def test_key_sees_what_options_mean():
 def test_key_sees_the_task(monkeypatch):
     before = key_of(JOB)
     key_of.cache_clear()
-    changed = replace(accuracy_tasks.TASKS["digits"], pretrain=7)
-    monkeypatch.setitem(accuracy_tasks.TASKS, "digits", changed)
+    changed = replace(ladder.tasks.TASKS["digits"], pretrain=7)
+    monkeypatch.setitem(ladder.tasks.TASKS, "digits", changed)
     assert key_of(JOB) != before
     key_of.cache_clear()
 
@@ -143,7 +143,7 @@ def test_key_sees_the_task(monkeypatch):
 def test_the_sweep_comes_first_and_seeds_go_breadth_first(tmp_path):
     store, cells = Store(tmp_path / "runs.jsonl"), [cell(), cell("lsq", "lsq")]
     todo = queue(cells, store, 2)
-    assert [job.seed for _, job in todo] == [accuracy_methods.SWEEP_SEED] * 6
+    assert [job.seed for _, job in todo] == [ladder.methods.SWEEP_SEED] * 6
     assert [c.label for c, _ in todo] == ["ste"] * 3 + ["lsq"] * 3
     for c in cells:
         fill(store, c, 1e-3, {})
@@ -153,11 +153,11 @@ def test_the_sweep_comes_first_and_seeds_go_breadth_first(tmp_path):
 
 def test_a_best_rate_at_the_edge_extends_the_grid(tmp_path):
     store, one = Store(tmp_path / "runs.jsonl"), cell()
-    rates = accuracy_tasks.TASKS["digits"].rates["adamw"]
+    rates = ladder.tasks.TASKS["digits"].rates["adamw"]
     for rate in rates:
-        store.add(one.job(rate, accuracy_methods.SWEEP_SEED), figures(rate))  # the smaller the better
+        store.add(one.job(rate, ladder.methods.SWEEP_SEED), figures(rate))  # the smaller the better
     assert one.sweep(store) == ([1e-4], None)
-    store.add(one.job(1e-4, accuracy_methods.SWEEP_SEED), figures(1.0))
+    store.add(one.job(1e-4, ladder.methods.SWEEP_SEED), figures(1.0))
     assert one.sweep(store) == ([], 3e-4)
 
 
@@ -166,48 +166,48 @@ def test_extensions_end(tmp_path):
     tried = 0
     while missing := one.sweep(store)[0]:
         for rate in missing:
-            store.add(one.job(rate, accuracy_methods.SWEEP_SEED), figures(1 / rate))  # the larger the better
+            store.add(one.job(rate, ladder.methods.SWEEP_SEED), figures(1 / rate))  # the larger the better
             tried += 1
-    assert tried == 3 + accuracy_plan.EXTENSIONS
+    assert tried == 3 + ladder.plan.EXTENSIONS
     assert one.sweep(store) == ([], 3e-2)
     assert next_rate([0.3, 1.0], 1.0) is None
 
 
 def test_a_diverged_rate_is_never_the_best(tmp_path):
     store, one = Store(tmp_path / "runs.jsonl"), cell()
-    for rate in accuracy_tasks.TASKS["digits"].rates["adamw"]:
-        store.add(one.job(rate, accuracy_methods.SWEEP_SEED), figures(2.0 if rate == 1e-3 else math.inf))
+    for rate in ladder.tasks.TASKS["digits"].rates["adamw"]:
+        store.add(one.job(rate, ladder.methods.SWEEP_SEED), figures(2.0 if rate == 1e-3 else math.inf))
     assert one.sweep(store) == ([], 1e-3)
 
 
 def test_rounding_of_the_fine_tuned_model_takes_its_rate(tmp_path):
     store = Store(tmp_path / "runs.jsonl")
-    cells = accuracy_plan.ladder(["topics"], ["w2"], ["ste"], None)
-    control = next(c for c in cells if c.label == accuracy_plan.CONTROL)
-    after = next(c for c in cells if c.label == f"gptq of {accuracy_plan.CONTROL}")
+    cells = ladder.plan.ladder(["topics"], ["w2"], ["ste"], None)
+    control = next(c for c in cells if c.label == ladder.plan.CONTROL)
+    after = next(c for c in cells if c.label == f"gptq of {ladder.plan.CONTROL}")
     assert list(after.jobs(store, 2)) == []
     fill(store, control, 1e-3, {})
     assert {job.lr for _, job in after.jobs(store, 2)} == {1e-3}
-    assert next(c for c in cells if c.label == f"gptq of {accuracy_plan.ORIGINAL}").steps == 0
+    assert next(c for c in cells if c.label == f"gptq of {ladder.plan.ORIGINAL}").steps == 0
 
 
 def test_search_and_confirmation_share_neither_tasks_nor_seeds():
-    first = accuracy_methods.FIRST_SEED
-    assert not set(accuracy_methods.SEARCH_TASKS) & set(accuracy_methods.CONFIRM_TASKS)
-    assert {first[t] for t in accuracy_methods.SEARCH_TASKS} == {0}
-    assert {first[t] for t in accuracy_methods.CONFIRM_TASKS} == {100}
+    first = ladder.methods.FIRST_SEED
+    assert not set(ladder.methods.SEARCH_TASKS) & set(ladder.methods.CONFIRM_TASKS)
+    assert {first[t] for t in ladder.methods.SEARCH_TASKS} == {0}
+    assert {first[t] for t in ladder.methods.CONFIRM_TASKS} == {100}
 
 
 def test_every_label_has_a_method_and_a_key():
-    entries = [(e.method, e.options) for e in accuracy_methods.METHODS.values()]
-    for method, options in [*entries, *accuracy_methods.SEARCH.values()]:
+    entries = [(e.method, e.options) for e in ladder.methods.METHODS.values()]
+    for method, options in [*entries, *ladder.methods.SEARCH.values()]:
         assert method in ESTIMATORS
-        key_of(JOB._replace(method=method, options=accuracy_store.canonical(options)))
+        key_of(JOB._replace(method=method, options=ladder.store.canonical(options)))
 
 
 def test_left_out_methods_are_few_and_known():
     """A new method comes to the leaderboard, or is named here with the others that it has no place for."""
-    compared = {entry.method for entry in accuracy_methods.METHODS.values()}
+    compared = {entry.method for entry in ladder.methods.METHODS.values()}
     beside = {"tsq", "iao", "floor", "power"}  # w1.58a2 in two steps, 8 bits, and robustness
     assert set(ESTIMATORS) - compared == beside
 
@@ -219,7 +219,7 @@ def test_left_out_methods_are_few_and_known():
 def filled(tmp_path):
     """A store with two methods on the digits."""
     store = Store(tmp_path / "runs.jsonl")
-    control = Cell("digits", "adamw", "float", accuracy_plan.CONTROL, "float", 100)
+    control = Cell("digits", "adamw", "float", ladder.plan.CONTROL, "float", 100)
     cells = [control, cell(), cell("pege", "pege"), cell("lsq", "lsq")]
     fill(store, cells[0], 1e-3, {0: 0.1})
     fill(store, cells[1], 1e-3, {0: 0.40, 1: 0.50, 2: 0.45})
@@ -265,8 +265,8 @@ def test_recovered_share_of_the_gap():
         return {"task": "topics", "part": "ladder", "label": label, "method": method, "scheme": scheme, "loss": loss}
 
     cells = [
-        of(accuracy_plan.ORIGINAL, "float", "float", 2.2),
-        of(accuracy_plan.CONTROL, "float", "float", 2.0),
+        of(ladder.plan.ORIGINAL, "float", "float", 2.2),
+        of(ladder.plan.CONTROL, "float", "float", 2.0),
         of("rtn of float", "rtn", "w2", 4.0),
         of("gptq of float", "gptq", "w2", 3.0),
         of("pege", "pege", "w2", 2.25),
@@ -282,8 +282,8 @@ def test_recovered_share_of_the_gap():
 @pytest.fixture
 def tiny(monkeypatch):
     """The digits with few steps."""
-    changed = replace(accuracy_tasks.TASKS["digits"], pretrain=60, steps=20, rates={"adamw": (1e-3, 3e-3)})
-    monkeypatch.setitem(accuracy_tasks.TASKS, "digits", changed)
+    changed = replace(ladder.tasks.TASKS["digits"], pretrain=60, steps=20, rates={"adamw": (1e-3, 3e-3)})
+    monkeypatch.setitem(ladder.tasks.TASKS, "digits", changed)
     key_of.cache_clear()
     yield changed
     key_of.cache_clear()
@@ -291,14 +291,14 @@ def tiny(monkeypatch):
 
 def test_a_small_ladder_and_its_resumption(tiny, tmp_path, capsys):
     store = Store(tmp_path / "runs.jsonl")
-    cells = accuracy_plan.ladder(["digits"], ["w2"], ["ste", "pege"], ["adamw"])
-    start = accuracy_run.prepare("digits", None, tmp_path)
+    cells = ladder.plan.ladder(["digits"], ["w2"], ["ste", "pege"], ["adamw"])
+    start = ladder.run.prepare("digits", None, tmp_path)
     while todo := queue(cells, store, 2):
         for c, job in todo:
-            store.add(job, accuracy_run.run(job, start, curves=job.seed == c.seeds(1)[0]))
+            store.add(job, ladder.run.run(job, start, curves=job.seed == c.seeds(1)[0]))
     results = accuracy.summarised(cells, store, 2)
     found = {c["label"]: c for c in results["cells"]}
-    assert set(found) == {accuracy_plan.ORIGINAL, accuracy_plan.CONTROL, "ste", "pege"}
+    assert set(found) == {ladder.plan.ORIGINAL, ladder.plan.CONTROL, "ste", "pege"}
     assert found["ste"]["n"] == found["pege"]["n"] == 2
     assert found["pege"]["against_ste"]["n"] == 2
     assert min(c["accuracy"] for c in found.values()) > 0.7
@@ -310,9 +310,9 @@ def test_a_small_ladder_and_its_resumption(tiny, tmp_path, capsys):
     # the same command again measures nothing, and the same run again gives the same figures
     assert queue(cells, Store(store.path), 2) == []
     job = cells[-1].job(1e-3, 0)
-    first, second = (accuracy_run.run(job, accuracy_run.prepare("digits", None, tmp_path)) for _ in range(2))
+    first, second = (ladder.run.run(job, ladder.run.prepare("digits", None, tmp_path)) for _ in range(2))
     assert first["test_loss"] == second["test_loss"]
-    from accuracy_plots import draw
+    from ladder.plots import draw
 
     files = draw(results, store, tmp_path / "plots")
     assert {f.name for f in files} == {"digits-bits.png", "digits-steps.png", "digits-theta.png"}
@@ -334,8 +334,8 @@ def test_processes_measure_what_can_be_measured(tmp_path, capsys):
 
 
 def test_seeds_pair_the_order_of_the_data(tiny, tmp_path):
-    start = accuracy_run.prepare("digits", None, tmp_path)
-    orders = [[b[0] for b, _ in accuracy_run.batches(start.data.train, 50, 30, seed)] for seed in (1, 1, 2)]
+    start = ladder.run.prepare("digits", None, tmp_path)
+    orders = [[b[0] for b, _ in ladder.run.batches(start.data.train, 50, 30, seed)] for seed in (1, 1, 2)]
     assert all((a == b).all() for a, b in zip(orders[0], orders[1], strict=True))
     assert any((a != b).any() for a, b in zip(orders[0], orders[2], strict=True))
 
@@ -344,4 +344,4 @@ def test_tasks_without_data_are_left_out_with_a_line(tmp_path, capsys):
     args = accuracy.parsed(["--data", str(tmp_path)])
     assert args.tasks == ["digits", "topics", "bert"]
     assert "shakespeare is left out: no tinyshakespeare/input.txt below --data" in capsys.readouterr().err
-    assert accuracy_store.FLOAT == "float"
+    assert ladder.store.FLOAT == "float"

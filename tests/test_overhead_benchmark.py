@@ -16,13 +16,13 @@ from lightning_quant.layers import QuantLayer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "benchmarks"))
 
 import overhead
-import overhead_candidates
-import overhead_plots
-import overhead_worker
-from overhead_models import FAMILIES, build_model, make_inputs, sizes
-from overhead_profile import PIECES, shares
-from overhead_runs import Run
-from overhead_switches import SWITCHES
+import steps.candidates
+import steps.plots
+import steps.worker
+from steps.models import FAMILIES, build_model, make_inputs, sizes
+from steps.profile import PIECES, shares
+from steps.runs import Run
+from steps.switches import SWITCHES
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks
 
@@ -34,11 +34,11 @@ def tiny(family="llama", **more):
 
 def built(name, family="llama", compiled=False, **more):
     """A candidate's step and model, without compiled kernels if nothing else is said."""
-    candidate = dict(overhead_candidates.candidates(family)[name], **more)
+    candidate = dict(steps.candidates.candidates(family)[name], **more)
     if "options" in candidate:
         candidate["options"] = {**candidate["options"], "compile": compiled}
     torch.manual_seed(0)
-    step, model, facts = overhead_worker.build(candidate, tiny(family))
+    step, model, facts = steps.worker.build(candidate, tiny(family))
     assert facts["versions"]["torch"] == torch.__version__
     return step, model
 
@@ -91,17 +91,17 @@ def test_checkpointed_blocks_run_twice():
 
 
 def test_each_is_compared_with_training_of_its_kind():
-    found = overhead_candidates.candidates("llama")
+    found = steps.candidates.candidates("llama")
     for name, c in found.items():
         base = found[c.get("baseline", name)]
         assert base["kind"] == "plain"
         assert [bool(c.get(k)) for k in ("lora", "checkpointing")] == [
             bool(base.get(k)) for k in ("lora", "checkpointing")
         ]
-    kept = overhead_candidates.chosen(found, ["LoRA ste"], peers=False)
+    kept = steps.candidates.chosen(found, ["LoRA ste"], peers=False)
     assert list(kept) == ["plain", "plain LoRA", *(n for n in found if "LoRA ste" in n)]
-    assert list(overhead_candidates.groups(kept)) == [("plain LoRA", "w4a16-g32"), ("plain LoRA", "w8a8")]
-    assert not any("compiled" in name for name in overhead_candidates.candidates("llama-1b", compile_model=True))
+    assert list(steps.candidates.groups(kept)) == [("plain LoRA", "w4a16-g32"), ("plain LoRA", "w8a8")]
+    assert not any("compiled" in name for name in steps.candidates.candidates("llama-1b", compile_model=True))
 
 
 def test_shares_find_every_piece():
@@ -146,7 +146,7 @@ def figures(ratio, **more):
     return {"seconds": ratio * 2, **spread, "peak": int(ratio * 2**30), **more}
 
 
-def steps(**more):
+def measured(**more):
     settings = {**tiny(), "rounds": 3, "hidden": 512}
     share = {"forward": 0.01, "backward": 0.02, "controller": 0.001, "optimizer": 0.0}
     found = {
@@ -166,9 +166,9 @@ def test_tables_and_parts(tmp_path):
     without = figures(1.5, predicted=guess, without="recompute")
     name = "ours ste w4a16-g32"
     ablation = {"plain": figures(1.0), name: whole, f"{name} without recompute": without}
-    overhead.put(path, "vit-b", "steps", {**steps(), "settings": {**tiny("vit-b"), "rounds": 3}})
-    overhead.put(path, "llama", "ablation", {**steps(), "candidates": ablation, "bandwidth": 1e10})
-    results = overhead.put(path, "llama", "steps", steps())
+    overhead.put(path, "vit-b", "steps", {**measured(), "settings": {**tiny("vit-b"), "rounds": 3}})
+    overhead.put(path, "llama", "ablation", {**measured(), "candidates": ablation, "bandwidth": 1e10})
+    results = overhead.put(path, "llama", "steps", measured())
     assert results == json.loads(path.read_text(encoding="utf-8"))
     assert list(results["models"]) == ["llama", "vit-b"]
     assert set(results["models"]["llama"]) == {"steps", "ablation"}
@@ -187,20 +187,20 @@ def test_tables_and_parts(tmp_path):
         "| what was rounded is kept for backward | 2 MiB | 1.010 | 1.500 | [1.490 to 1.510] | 1.500 | 1.500 |" in rows
     )
     more = {"plain": figures(1.0, rounds=40), "torchao w8a8": figures(1.2, rounds=40)}
-    fewer = {**steps(), "candidates": more, "settings": {**steps()["settings"], "rounds": 40}}
-    both = overhead.put(tmp_path / "added.json", "llama", "steps", steps())
+    fewer = {**measured(), "candidates": more, "settings": {**measured()["settings"], "rounds": 40}}
+    both = overhead.put(tmp_path / "added.json", "llama", "steps", measured())
     assert "ours ste w4a16-g32" in both["models"]["llama"]["steps"]["candidates"]
     both = overhead.put(tmp_path / "added.json", "llama", "steps", fewer, add=True)["models"]["llama"]["steps"]
-    assert list(both["candidates"]) == [*steps()["candidates"], "torchao w8a8"]
+    assert list(both["candidates"]) == [*measured()["candidates"], "torchao w8a8"]
     assert {name: c["rounds"] for name, c in both["candidates"].items()} == {
-        **dict.fromkeys(steps()["candidates"], 3),
+        **dict.fromkeys(measured()["candidates"], 3),
         "plain": 40,
         "torchao w8a8": 40,
     }
     with pytest.raises(SystemExit, match="settings"):
         overhead.put(tmp_path / "added.json", "llama", "steps", {**fewer, "settings": {}}, add=True)
     assert overhead.ablation_table({"models": {}}) == "Not measured yet."
-    assert overhead_plots.steps_plot(results, tmp_path / "plots").stat().st_size > 10_000
+    assert steps.plots.steps_plot(results, tmp_path / "plots").stat().st_size > 10_000
     names = ("cuda", "bfloat16", True)
     gpu = dict(zip(("device", "dtype", "compile_model"), names, strict=True))
     assert overhead.part_name(tiny()) == "llama"

@@ -12,11 +12,11 @@ from lightning_quant import QuantConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "benchmarks"))
 
-import overhead_ablation
-import overhead_bytes as paper
-import overhead_plots
 import overhead_scaling
-from overhead_models import build_model, make_inputs
+import steps.ablation
+import steps.bytes as paper
+import steps.plots
+from steps.models import build_model, make_inputs
 
 CONFIG = {"calibration": 1}
 
@@ -83,9 +83,9 @@ def test_survey_of_a_llama_by_hand():
 
 
 def test_ablations_predict_what_they_add():
-    found = overhead_ablation.ablated("llama")
+    found = steps.ablation.ablated("llama")
     work = paper.Survey(macs=1, parameters=1, weights=1000, inputs=400, read=900)
-    guess = {name: overhead_ablation.predicted(c, work, 4) for name, c in found.items() if c["kind"] == "ours"}
+    guess = {name: steps.ablation.predicted(c, work, 4) for name, c in found.items() if c["kind"] == "ours"}
     whole = guess["ours ste w4a16-g32"]
     assert guess["ours ste w4a16-g32 without recompute"].kept - whole.kept == 4000
     assert whole.moved - guess["ours ste w4a16-g32 without recompute"].moved == pytest.approx(4000)
@@ -124,5 +124,5 @@ def test_scaling_varies_one_thing_at_a_time_and_plots_it(tmp_path, monkeypatch):
     assert set(results["large"]["L"]) == {"here, float32", "H100 SXM, bfloat16", "H200 SXM, bfloat16"}
     table = overhead_scaling.table(results)
     assert f"| 128 | 256 | 1 | 2.000 ({first['plain']:.3f}) | 1.050 (" in table
-    files = overhead_plots.scaling_plots(results, tmp_path)
+    files = steps.plots.scaling_plots(results, tmp_path)
     assert [f.name for f in files] == ["overhead_hidden.png", "overhead_tokens.png", "overhead_layers.png"]

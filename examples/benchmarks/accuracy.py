@@ -29,14 +29,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import accuracy_plan as plan
-from accuracy_methods import ALL, CONFIRM_TASKS, METHODS, QUICK, SEARCH, SEARCH_TASKS
-from accuracy_plan import Cell
-from accuracy_pool import Pool, clock, say
-from accuracy_store import Store
-from accuracy_summary import by_rate, recovered, summary
-from accuracy_tables import leaderboard, table
-from accuracy_tasks import TASKS
+from ladder import plan
+from ladder.methods import ALL, CONFIRM_TASKS, METHODS, QUICK, SEARCH, SEARCH_TASKS
+from ladder.plan import Cell
+from ladder.pool import Pool, clock, say
+from ladder.store import Store
+from ladder.summary import by_rate, recovered, summary
+from ladder.tables import leaderboard, table
+from ladder.tasks import TASKS
 from machine import machine, save
 
 HERE = Path(__file__).resolve().parent
@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
     seeds = max([seeds, *(1 + row["seed"] % 100 for row in store.rows.values() if row["seed"] < plan.SWEEP_SEED)])
     results = summarised(cells if args.quick else every(), store, seeds)
     if args.plots:
-        from accuracy_plots import draw
+        from ladder.plots import draw
 
         say("\n".join(map(str, draw(results, store, args.out.parent / "plots"))))
         return

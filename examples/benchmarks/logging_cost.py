@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from machine import machine, save
 from overhead import Round, say, summary
-from overhead_worker import CALIBRATION, LR, TOTAL_STEPS, build_model
+from steps.worker import CALIBRATION, LR, TOTAL_STEPS, build_model
 
 from lightning_quant import QuantConfig, QuantController
 from lightning_quant.optim import param_groups

@@ -29,10 +29,10 @@ from pathlib import Path
 from typing import Any
 
 from machine import machine, save
-from overhead_candidates import candidates, chosen
-from overhead_models import FAMILIES, sizes
-from overhead_runs import ROOT, Round, Run, peers_python, say, summary
-from overhead_table import NOTHING, ablation_table, share_table, table
+from steps.candidates import candidates, chosen
+from steps.models import FAMILIES, sizes
+from steps.runs import ROOT, Round, Run, peers_python, say, summary
+from steps.table import NOTHING, ablation_table, share_table, table
 
 RESULTS = Path(__file__).resolve().parent / "results" / "overhead.json"
 __all__ = ["NOTHING", "Round", "ablation_table", "say", "share_table", "summary", "table"]  # other benchmarks use them
@@ -130,7 +130,7 @@ def measurement(args: argparse.Namespace) -> Run:
     settings["compile_model"] = args.compile_model
     peers = peers_python(ROOT / ".venv-peers") if args.peers_venv else args.peers_python
     if args.ablate:
-        from overhead_ablation import ablated
+        from steps.ablation import ablated
 
         if args.model == "resnet-50":
             raise SystemExit(
@@ -155,7 +155,7 @@ def measurement(args: argparse.Namespace) -> Run:
 def main() -> None:
     args = arguments()
     if args.plots:
-        from overhead_plots import steps_plot
+        from steps.plots import steps_plot
 
         print(steps_plot(read(args.out), args.plots))
         return
@@ -166,7 +166,7 @@ def main() -> None:
     elif not args.table:
         run = measurement(args)
         if args.ablate:
-            from overhead_ablation import run as ablation
+            from steps.ablation import run as ablation
 
             results, kind = stamp(run, ablation(run)), "ablation"
         else:

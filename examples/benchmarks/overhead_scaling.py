@@ -3,7 +3,7 @@
 A Llama trains at several hidden sizes, tokens per step and numbers of layers, one varied at a time: plain, and
 quantized, by turns as in ``overhead.py``.  A prediction is a step's products at this machine's measured rate of matrix
 products with AdamW at its memory's bandwidth, and beside it the bytes that quantizers move at the same bandwidth: see
-``overhead_bytes`` for the passes.  The same formulas then say what 8B and 70B Llamas would pay, here and on GPUs at the
+``steps.bytes`` for the passes.  The same formulas then say what 8B and 70B Llamas would pay, here and on GPUs at the
 peaks of their datasheets (where plain training falls short of the peak, the share is smaller).
 
     python examples/benchmarks/overhead_scaling.py                   # everything
@@ -24,10 +24,10 @@ from typing import Any
 
 import torch
 from machine import machine, save
-from overhead_ablation import config_of, surveyed
-from overhead_bytes import Survey, passes, plain_seconds, traffic
-from overhead_candidates import BASELINES, Candidates, ours
-from overhead_runs import Run, say
+from steps.ablation import config_of, surveyed
+from steps.bytes import Survey, passes, plain_seconds, traffic
+from steps.candidates import BASELINES, Candidates, ours
+from steps.runs import Run, say
 
 from lightning_quant.roofline import HARDWARE, Hardware, measure
 
@@ -49,7 +49,7 @@ OURS: Candidates = {
 
 
 def model_settings(point: Mapping[str, int], threads: int) -> dict[str, Any]:
-    """Settings of ``overhead_worker`` for one point; ``tokens`` there are a sequence's."""
+    """Settings of ``steps.worker`` for one point; ``tokens`` there are a sequence's."""
     hidden, batch = point["hidden"], max(1, point["tokens"] // SEQUENCE)
     fields = {"vocab": 2048, "hidden": hidden, "intermediate": hidden * 11 // 4, "heads": max(1, hidden // 64)}
     fields |= {"layers": point["layers"], "batch": batch, "tokens": point["tokens"] // batch}
@@ -188,7 +188,7 @@ def main() -> None:
         save(args.out, predict(results))
     results = json.loads(args.out.read_text(encoding="utf-8"))
     if args.plots:
-        from overhead_plots import scaling_plots
+        from steps.plots import scaling_plots
 
         print(*scaling_plots(results, args.plots))
         return

@@ -17,7 +17,6 @@ HERE = Path(__file__).resolve().parent
 README = HERE.parents[1] / "README.md"
 sys.path.insert(0, str(HERE.parent))
 
-import accuracy_tables  # noqa: E402
 import architectures  # noqa: E402
 import distill  # noqa: E402
 import export_7b  # noqa: E402
@@ -31,6 +30,7 @@ import qlora_memory  # noqa: E402
 import roofline_check  # noqa: E402
 import runtime  # noqa: E402
 from demo import table as demo_table  # noqa: E402
+from ladder import tables  # noqa: E402
 
 from lightning_quant import ESTIMATORS, catalog  # noqa: E402
 from lightning_quant.transforms.setup import KINDS, OWN  # noqa: E402
@@ -107,7 +107,7 @@ SECTIONS = {
     "qlora": lambda: qlora_memory.table(results("qlora")),
     "roofline": lambda: roofline_check.table(results("roofline")),
     "runtime": lambda: runtime.table(results("runtime")),
-    "accuracy": lambda: accuracy_tables.table(results("accuracy")),
+    "accuracy": lambda: tables.table(results("accuracy")),
     "demo": demo_section,
 }
 

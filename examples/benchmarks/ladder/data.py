@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from causal_lm import read_text, train_tokenizer
 from digits import DigitsCNN
@@ -18,7 +18,7 @@ from small_images import cifar as read_cifar
 from small_images import digits as read_digits
 
 if TYPE_CHECKING:
-    from accuracy_tasks import Task
+    from ladder.tasks import Task
 
 Rows = tuple[Tensor, ...]
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from overhead_candidates import Candidates, groups
+from steps.candidates import Candidates, groups
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
 ROOT = HERE.parents[1]
 PEERS = ("torchao==0.18.0", "nvidia-modelopt==0.47.0")
 PEERS_NEED = ("torch", "transformers", "requests")  # requests: modelopt 0.47 imports it and does not ask for it
@@ -38,7 +38,8 @@ class Worker:
         self.name = name
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the process)
         self.process = subprocess.Popen(
-            [python, str(HERE / "overhead_worker.py"), json.dumps(candidate), json.dumps(settings)],
+            [python, "-m", "steps.worker", json.dumps(candidate), json.dumps(settings)],
+            cwd=HERE,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from accuracy_methods import LADDER, METHODS
-from accuracy_plan import CONTROL, ladder
-from accuracy_store import FLOAT, Store
-from accuracy_tasks import TASKS
+from ladder.methods import LADDER, METHODS
+from ladder.plan import CONTROL, ladder
+from ladder.store import FLOAT, Store
+from ladder.tasks import TASKS
 
 SHOWN = ("ste", "pege", "lsq", "ewgs", "dsq", "pege_replace", "dampen")
 WIDTHS = ("w1", "w1.58", "w2", "w3", "w4")

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from accuracy_methods import (
+from ladder.methods import (
     BUDGETED,
     CONVOLUTIONAL,
     FIRST_SEED,
@@ -20,8 +20,8 @@ from accuracy_methods import (
     SWEEP_SEED,
     Entry,
 )
-from accuracy_store import FLOAT, Job, Store
-from accuracy_tasks import RATES, TASKS
+from ladder.store import FLOAT, Job, Store
+from ladder.tasks import RATES, TASKS
 
 EXTENSIONS = 2  # how often a sweep whose best rate is its smallest or largest goes on beyond it
 ORIGINAL, CONTROL = "float", "float, fine-tuned"

@@ -9,8 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from accuracy_tasks import TASKS
-
+from ladder.tasks import TASKS
 from lightning_quant.estimators import ESTIMATORS, build_estimator
 from lightning_quant.estimators import option_names as names_of
 from lightning_quant.rounding.methods import ROUNDINGS

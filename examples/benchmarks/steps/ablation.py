@@ -1,7 +1,7 @@
 """What each optimisation of fake quantization buys: ``overhead.py --ablate``.
 
-Methods run with everything on, and without one optimisation at a time (``overhead_switches``), by turns with plain
-training.  Beside what was measured stands what was predicted: bytes, from ``overhead_bytes``, at the bandwidth of this
+Methods run with everything on, and without one optimisation at a time (``steps.switches``), by turns with plain
+training.  Beside what was measured stands what was predicted: bytes, from ``steps.bytes``, at the bandwidth of this
 machine's memory.
 """
 
@@ -12,14 +12,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from overhead_bytes import READ_WRITE, Survey, Traffic, passes, survey, traffic
-from overhead_candidates import BASELINES, Candidates, ours
-from overhead_models import FAMILIES, build_model, make_inputs
-from overhead_runs import Run, say
-from overhead_switches import SWITCHES, applying
 
 from lightning_quant import QuantConfig
 from lightning_quant.roofline import measure
+from steps.bytes import READ_WRITE, Survey, Traffic, passes, survey, traffic
+from steps.candidates import BASELINES, Candidates, ours
+from steps.models import FAMILIES, build_model, make_inputs
+from steps.runs import Run, say
+from steps.switches import SWITCHES, applying
 
 
 def ablated(family: str) -> Candidates:

@@ -6,11 +6,11 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from accuracy_methods import CONFIRM_TASKS, FIRST_SEED, SEARCH
-from accuracy_plan import CONTROL, ORIGINAL
-from accuracy_store import FLOAT
-from accuracy_summary import BASE, verdict
-from accuracy_tasks import TASKS
+from ladder.methods import CONFIRM_TASKS, FIRST_SEED, SEARCH
+from ladder.plan import CONTROL, ORIGINAL
+from ladder.store import FLOAT
+from ladder.summary import BASE, verdict
+from ladder.tasks import TASKS
 
 DEFAULT = "pege"
 Cells = list[dict[str, Any]]

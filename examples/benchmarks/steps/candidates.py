@@ -1,6 +1,6 @@
 """What ``overhead.py`` measures: plain training, this package's methods, other libraries, LoRA and checkpointing.
 
-A candidate is a mapping that ``overhead_worker.py`` builds a training step from.  Each is compared with the candidate
+A candidate is a mapping that ``steps.worker`` builds a training step from.  Each is compared with the candidate
 in ``BASELINES`` that trains the same parameters in the same way without quantization.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from overhead_models import FAMILIES
+from steps.models import FAMILIES
 
 METHODS = {
     "w4a16": ("ste", "lsq", "ewgs", "pege", "pege element"),

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from overhead_models import title
 from overhead_scaling import BASE, OURS, TITLES, ratio
 
 from lightning_quant.plots import figure_of, save
+from steps.models import title
 
 COLOURS = {"ours": "C0", "torchao": "C1", "modelopt": "C2", "PEFT's": "C3"}
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from overhead_models import title
-from overhead_profile import PIECES
-from overhead_switches import SWITCHES
+from steps.models import title
+from steps.profile import PIECES
+from steps.switches import SWITCHES
 
 NOTHING = "Not measured yet."
 

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-from overhead_models import FAMILIES, add_lora, build_model, checkpoint_blocks, make_inputs, placed
+from steps.models import FAMILIES, add_lora, build_model, checkpoint_blocks, make_inputs, placed
 
 LR, TOTAL_STEPS, CALIBRATION = 1e-4, 1000, 1
 LIBRARIES = {"torchao": "torchao", "modelopt": "nvidia-modelopt"}
@@ -59,7 +59,7 @@ def ours(model: nn.Module, method: str, scheme: str, options: dict[str, Any], wi
 
     change = None
     if without is not None:
-        from overhead_switches import SWITCHES
+        from steps.switches import SWITCHES
 
         options, change = {**options, **SWITCHES[without].config}, SWITCHES[without].change
     config = QuantConfig.parse(method, scheme, calibration=CALIBRATION, **options)
@@ -224,7 +224,7 @@ def main() -> None:
 
     with ExitStack() as stack:
         if candidate.get("without"):
-            from overhead_switches import SWITCHES
+            from steps.switches import SWITCHES
 
             stack.enter_context(SWITCHES[candidate["without"]].replaced())
         tiny = {**settings, **FAMILIES[settings["model"]].tiny, "compile_model": False}
@@ -240,7 +240,7 @@ def main() -> None:
             if command == "memory":  # of the steps that follow the ones done so far
                 answer(peak=peak(step, device, start))
             elif command == "profile":
-                from overhead_profile import shares
+                from steps.profile import shares
 
                 answer(shares=shares(model, step))
             else:

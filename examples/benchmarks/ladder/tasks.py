@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy_data import Data, Rows, bert, cifar_data, cnn, digits_data, language_data, llama, passages_data, resnet
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+
+from ladder.data import Data, Rows, bert, cifar_data, cnn, digits_data, language_data, llama, passages_data, resnet
 
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 

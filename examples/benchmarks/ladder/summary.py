@@ -7,11 +7,11 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
-from accuracy_methods import ROUNDED, ROUNDED_SCHEMES, SWEEP_SEED
-from accuracy_plan import CONTROL, ORIGINAL, Cell
-from accuracy_stats import paired
-from accuracy_store import FLOAT, Store, rounded
-from accuracy_tasks import RATES, TASKS
+from ladder.methods import ROUNDED, ROUNDED_SCHEMES, SWEEP_SEED
+from ladder.plan import CONTROL, ORIGINAL, Cell
+from ladder.stats import paired
+from ladder.store import FLOAT, Store, rounded
+from ladder.tasks import RATES, TASKS
 
 BASE = "ste"
 NEAR_ZERO = 1e-9

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accuracy_data import Data, Rows
-from accuracy_methods import CALIBRATION_ROWS
-from accuracy_store import FLOAT, Job, canonical
-from accuracy_tasks import TASKS, Task, forward, prepared
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from ladder.data import Data, Rows
+from ladder.methods import CALIBRATION_ROWS
+from ladder.store import FLOAT, Job, canonical
+from ladder.tasks import TASKS, Task, forward, prepared
 from lightning_quant import QuantConfig, QuantController, attach
 from lightning_quant.attach import quant_layers
 from lightning_quant.optim import param_groups

@@ -15,9 +15,9 @@ from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 
-from accuracy_plan import Cell, queue
-from accuracy_store import Job, Store, key_of
-from accuracy_tasks import TASKS
+from ladder.plan import Cell, queue
+from ladder.store import Job, Store, key_of
+from ladder.tasks import TASKS
 
 GUESS = {"digits": 2.2, "topics": 18.0, "bert": 15.0, "cifar": 20.0}  # seconds of a run nobody has timed yet
 TYPICAL = 25.0
@@ -43,7 +43,7 @@ def end_with(parent: int) -> None:
 @cache
 def start(name: str, data: Path | None, folder: Path, device: str) -> object:
     """A task's start, once per process."""
-    from accuracy_run import prepare
+    from ladder.run import prepare
 
     return prepare(name, data, folder, device)
 
@@ -57,7 +57,7 @@ def make_start(name: str, data: Path | None, folder: Path, device: str) -> float
 
 def work(job: Job, data: Path | None, folder: Path, curves: bool, device: str) -> dict[str, object]:
     """One run, in a worker."""
-    from accuracy_run import run
+    from ladder.run import run
 
     return run(job, start(job.task, data, folder, device), curves, device)  # type: ignore[arg-type]
 
