@@ -120,6 +120,17 @@ def test_key_sees_all_that_decides(change):
     assert key_of(JOB._replace(**change)) != key_of(JOB)
 
 
+def test_key_sees_the_scheme_in_full(monkeypatch):
+    whole, task = JOB._replace(scheme="w2a2"), ladder.tasks.TASKS["digits"]
+    keys = [key_of(whole)]
+    for change in ({"group": "-g32"}, {"first_last": "inherit"}):
+        monkeypatch.setitem(ladder.tasks.TASKS, "digits", replace(task, **change))
+        key_of.cache_clear()
+        keys.append(key_of(whole))
+    key_of.cache_clear()
+    assert len(set(keys)) == 3
+
+
 def test_key_sees_what_options_mean():
     """A default that is spelled out is the same run; one that is changed is another."""
     same = JOB._replace(options='{"initial":0.0}')

@@ -66,6 +66,15 @@ def language_data(task: Task, data: Path | None) -> Data:
     return Data((blocks[0][:train],), (blocks[0][-held_out:],), (blocks[1][:test],))
 
 
+def scattered_data(task: Task, data: Path | None) -> Data:
+    """One text in blocks of tokens that go to the parts at random, so that all three are of the same kind.
+
+    With its end held out, a longer float training looks like a worse one.
+    """
+    text = read_text(str(data / task.files[0]) if data and task.files else None)
+    return split(task, (encoded(train_tokenizer(text, task.sizes["vocab"]), text, task.sizes["tokens"]),))
+
+
 def encoded(tokenizer: Any, text: str, tokens: int) -> Tensor:
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(ids[: len(ids) // tokens * tokens]).reshape(-1, tokens)

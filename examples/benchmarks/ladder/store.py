@@ -53,7 +53,7 @@ def canonical(value: Any) -> str:
 
 @cache
 def key_of(job: Job) -> str:
-    """Content hash of all that decides a run's result.
+    """Content hash of all that decides a run's result: the task's settings and the scheme in full among it.
 
     A method's settings enter as they come out with its defaults filled in: a default that changes makes another run,
     and one that is spelled out the same.
@@ -65,7 +65,10 @@ def key_of(job: Job) -> str:
         options["method"] = {name: getattr(rule, name) for name in names_of(type(rule))}
     elif job.method in ROUNDINGS:
         options = {"rounding": options}
-    described = {**job._asdict(), "options": options, "task": TASKS[job.task].settings()}
+    task = TASKS[job.task]
+    described = {**job._asdict(), "options": options, "task": task.settings()}
+    if job.scheme != FLOAT:
+        described["scheme"] = [task.scheme(job.scheme), task.first_last]
     return hashlib.sha256(canonical(described).encode()).hexdigest()[:16]
 
 

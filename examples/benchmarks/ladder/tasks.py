@@ -14,7 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from ladder.data import Data, Rows, bert, cifar_data, cnn, digits_data, language_data, llama, passages_data, resnet
+from ladder.data import (
+    Data,
+    Rows,
+    bert,
+    cifar_data,
+    cnn,
+    digits_data,
+    language_data,
+    llama,
+    passages_data,
+    resnet,
+    scattered_data,
+)
 
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 
@@ -141,13 +153,13 @@ TASKS = {
             steps=150,
         ),
         Task(
-            **_LANGUAGE,
+            **{**_LANGUAGE, "read": scattered_data},
             name="shakespeare",
-            about="the same Llama on tiny Shakespeare",
+            about="the same Llama on tiny Shakespeare, trained until float gains no more",
             files=("tinyshakespeare/input.txt",),
-            rows=(3200, 150, 400),
-            pretrain=1200,
-            steps=200,
+            rows=(3900, 200, 400),
+            pretrain=3000,
+            steps=600,
         ),
         Task(
             **_LANGUAGE,
