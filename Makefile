@@ -92,9 +92,10 @@ bench-export: $(READY)
 bench-ptq: $(READY)
 	$(BIN)/python examples/benchmarks/ptq.py
 
-# Hours; it goes on where it stopped.  DATA=DIR holds the tasks' files; QUICK=1: a quarter of an hour, no files
+# Hours; it goes on where it stopped.  DATA=DIR holds the tasks' files; QUICK=1: a quarter of an hour, no files;
+# ALL=1: every method at every width, days
 bench-accuracy: $(READY)
-	$(BIN)/python examples/benchmarks/accuracy.py $(if $(QUICK),--quick) $(if $(DATA),--data $(DATA))
+	$(BIN)/python examples/benchmarks/accuracy.py $(if $(QUICK),--quick) $(if $(ALL),--all) $(if $(DATA),--data $(DATA))
 
 # 8 GB of disk and half an hour
 bench-ptq-1b: $(READY)

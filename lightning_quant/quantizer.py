@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_quant import reuse
-from lightning_quant.distributed import to_local, whole
+from lightning_quant import encoding, reuse
+from lightning_quant.distributed import to_local
 from lightning_quant.errors import explain
 from lightning_quant.estimators import (
     Bins,
@@ -32,7 +32,6 @@ from lightning_quant.scheme import TensorSpec
 from lightning_quant.targets import TARGETS
 
 ALONE, ACCUMULATES = 0, 1  # what ``turn`` is filled with: it moves state at the count of 1
-ELEMENTS = 2**18  # that an export encodes at a time: float temporaries stay small, and in the processor's cache
 
 
 class FakeQuantizer(nn.Module):
@@ -392,59 +391,12 @@ class FakeQuantizer(nn.Module):
         Codes are int8, on a codebook int16 places.  Sharded weights and scales are gathered first, which is a
         collective.
         """
-        view, scale, zero, offset, blocks = self._encode(weight)
-        codes = torch.empty(view.shape, dtype=torch.int8 if self.table is None else torch.int16, device=view.device)
-        for rows, code, _ in blocks:
-            codes[rows] = code.to(codes.dtype)
-        return self.granularity.unview(codes, weight.shape), scale, zero, offset
-
-    def _encode(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | float, Tensor | None, Iterator[Any]]:
-        """The weight in blocks, the range in ``scale_shape``, and (rows, codes, estimator's tensors) part by part.
-
-        What is as large as the weight and in float exists for some rows at a time, unless the estimator assigns codes
-        by tensors of its own.
-        """
-        x = self.estimator.transform(self, whole(weight.detach()))
-        scale, zero, offset = self.scale_zero_offset(x)
-        scale = whole(scale.detach())
-        zero = whole(zero) if isinstance(zero, Tensor) else zero
-        offset = None if offset is None else whole(offset.detach())
-        view = self.granularity.view(x)
-        return view, scale, zero, offset, self._coded(view, scale, zero, offset)
-
-    def _coded(self, view: Tensor, scale: Tensor, zero: Tensor | float, offset: Tensor | None) -> Iterator[Any]:
-        own = self.table is None and overrides(self.estimator, "assign", "decode")
-        wide = torch.promote_types(view.dtype, torch.float32)
-        step = max(len(view) if own else ELEMENTS // max(view[:1].numel(), 1), 1)
-        for start in range(0, len(view), step):
-            rows = slice(start, start + step)
-            part, lifted = view[rows].to(wide), self._lifted(scale, rows, view)
-            if offset is not None:
-                part = part - self._lifted(offset, rows, view)
-            u = torch.div(part, lifted)
-            if isinstance(zero, Tensor) or zero:
-                u = u.add_(self._lifted(zero, rows, view) if isinstance(zero, Tensor) else zero)
-            if self.table is not None:
-                yield rows, self.grid.nearest(u, self.table), ()
-                continue
-            inputs = self.estimator.inputs(self, view if offset is None else part, lifted) if own else ()
-            yield rows, self.estimator.assign(u, self.grid, inputs, False), inputs
-
-    def _lifted(self, values: Tensor, rows: slice, view: Tensor) -> Tensor:
-        """Numbers in ``scale_shape`` that broadcast to these rows of blocks."""
-        return self.granularity.lift(values[rows] if len(values) == len(view) else values)
+        return encoding.stored(self, weight)
 
     @torch.no_grad()
     def on_grid(self, weight: Tensor) -> Tensor:
         """The weight as evaluation computes with it, in its own dtype; sharded ones are gathered."""
-        view, scale, zero, offset, blocks = self._encode(weight)
-        y = torch.empty(view.shape, dtype=weight.dtype, device=view.device)
-        for rows, code, inputs in blocks:
-            own: list[Any] = [
-                t[rows] if isinstance(t, Tensor) and len(t) == len(view) else t for t in (scale, zero, offset)
-            ]
-            y[rows] = self.real(code, own[0], own[1], own[2], inputs).to(weight.dtype)
-        return self.granularity.unview(y, weight.shape)
+        return encoding.on_grid(self, weight)
 
     def real(
         self,

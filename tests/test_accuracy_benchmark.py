@@ -18,6 +18,7 @@ import ladder.plan
 import ladder.run
 import ladder.store
 import ladder.tasks
+from ladder.again import again
 from ladder.plan import Cell, next_rate, queue
 from ladder.pool import Pool
 from ladder.stats import half_width, paired
@@ -246,6 +247,9 @@ def test_summary_pairs_by_seed(filled):
     assert pair["difference"] == pytest.approx((-0.10 - 0.09 - 0.10) / 3, rel=1e-5)
     assert (pair["n"], pair["wins"], pair["losses"]) == (3, 3, 0)
     assert (verdict(found["pege"]), verdict(found["lsq"]), verdict(found["ste"])) == (1, 0, 0)
+    assert found["lsq"]["against_default"]["difference"] == pytest.approx((0.11 + 0.07 + 0.10) / 3, rel=1e-5)
+    assert verdict(found["lsq"], "against_default") == -1
+    assert "against_default" not in found["pege"]
     assert found["pege"]["seconds"] == 1.0
     assert not found["pege"]["edge"]
 
@@ -269,6 +273,43 @@ def test_tables_say_what_the_runs_say(filled):
     assert "**-0.0967 +- 0.0143**" in text
     whole = leaderboard(results)
     assert whole.index("| pege | 3 |") < whole.index("| lsq | 3 |") < whole.index("| ste | 3 |")
+
+
+def test_a_second_measurement_agrees_or_does_not(filled):
+    store, cells = filled
+    results = accuracy.summarised(cells, store, 3)
+    text, same = again(results, results)
+    assert same
+    assert text.startswith("2 of 2 paired differences are found again.")
+
+    def moved(label, by):
+        other = json.loads(json.dumps(results))
+        pair = next(c for c in other["cells"] if c["label"] == label)["against_ste"]
+        pair["difference"] += by
+        return again(other, results)
+
+    assert moved("pege", 0.0142)[1]  # its interval is 0.0143
+    text, same = moved("pege", 0.0144)
+    assert not same
+    assert "| **-0.0967 +- 0.0143** | **-0.0823 +- 0.0143** | **no** |" in text
+    assert "| lsq | -0.0033" in text
+    apart = {**results, "cells": [c for c in results["cells"] if c["label"] in ("ste", "float, fine-tuned")]}
+    assert not again(apart, results)[1]  # nothing is compared
+
+
+def test_the_ladder_that_readme_shows_ends(tmp_path):
+    args = accuracy.parsed(["--tasks", "digits", "topics"])
+    kept = accuracy.chosen(args)
+    assert {(c.task, c.scheme) for c in kept if c.task == "digits"} == {
+        ("digits", s) for s in ("float", "w2", "w1", "w2a2")
+    }
+    assert {c.label for c in kept if c.scheme == "w1"} == {"ste", "pege", "lsq", "ewgs"}
+    assert any(c.method == "brecq" for c in kept)
+    quick = accuracy.chosen(accuracy.parsed(["--quick"]))
+    assert {c.method for c in quick} == {"float", "ste", "pege", "lsq", "ewgs"}
+    assert len(accuracy.chosen(accuracy.parsed(["--tasks", "digits", "--all"]))) > 200
+    asked = accuracy.chosen(accuracy.parsed(["--tasks", "digits", "--methods", "dsq", "--schemes", "w4"]))
+    assert {(c.label, c.scheme) for c in asked if c.scheme != "float"} == {("dsq", "w4")}
 
 
 def test_recovered_share_of_the_gap():

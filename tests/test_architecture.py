@@ -23,7 +23,7 @@ LAYERS = (
     ("granularity", "codebooks", "scales", "integer"),
     ("grid",),
     ("estimators", "observers", "ranges", "triton_kernels"),
-    ("resolve", "settings", "metrics", "quantizer"),
+    ("resolve", "settings", "metrics", "encoding", "quantizer"),
     ("norms", "operators", "packed", "rounded_product", "bypass", "kv_cache"),
     ("layers", "transformers_layers", "experts", "lora", "bnb"),
     ("bn_ranges", "plan", "fast_path"),

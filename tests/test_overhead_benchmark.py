@@ -123,7 +123,9 @@ def test_shares_find_every_piece():
 @pytest.mark.parametrize("name", SWITCHES)
 def test_switches_find_what_they_replace_and_compute_the_same(name):
     candidate = "ours ste w8a8" if SWITCHES[name].inputs else "ours lsq w4a16-g32"
-    step, _ = built(candidate)
+    if SWITCHES[name].elements:
+        candidate = "ours pege element w4a16-g32"
+    step, whole = built(candidate)
     expected = [float(step()) for _ in range(3)]
     with SWITCHES[name].replaced():
         step, model = built(candidate, compiled=name != "kernels", without=name)
@@ -131,6 +133,8 @@ def test_switches_find_what_they_replace_and_compute_the_same(name):
     assert found == pytest.approx(expected, rel=1e-3)  # a largest value is at the edge of its mask
     layers = [m for m in model.modules() if isinstance(m, QuantLayer)]
     assert all(m.recomputes == (name != "recompute") for m in layers)
+    if name == "turn":
+        assert [any(q.turn is not None for _, q in quantizers(m)) for m in (whole, model)] == [True, False]
     if name == "masks":
         assert all(q.clips for _, q in quantizers(model))
 
@@ -182,16 +186,25 @@ def test_tables_and_parts(tmp_path):
     assert table.index("Llama") < table.index("ViT-B/16")
     assert "| ours ste | w4a16-g32 | 1.00% | 2.00% | 0.10% | 0.00% | 3.10% |" in overhead.share_table(results)
     rows = overhead.ablation_table(results)
+    twice = measured()
+    twice["candidates"]["ours ste w4a16-g32"]["by_start"] = [1.01, 1.03]
+    twice["settings"]["starts"] = 2
+    assert "| ours ste | w4a16-g32 | 1.020 +- 0.010 |" in overhead.table({"models": {"llama": {"steps": twice}}})
     assert "| ours ste | w4a16-g32 | (nothing) | 2 MiB | 1.010 | 1.020 |" in rows
     assert (
         "| what was rounded is kept for backward | 2 MiB | 1.010 | 1.500 | [1.490 to 1.510] | 1.500 | 1.500 |" in rows
     )
-    more = {"plain": figures(1.0, rounds=40), "torchao w8a8": figures(1.2, rounds=40)}
+    peak = measured()["candidates"]["plain"]["peak"]
+    more = {
+        "plain": {k: v for k, v in figures(1.0, rounds=40).items() if k != "peak"},
+        "torchao w8a8": figures(1.2, rounds=40),
+    }
     fewer = {**measured(), "candidates": more, "settings": {**measured()["settings"], "rounds": 40}}
     both = overhead.put(tmp_path / "added.json", "llama", "steps", measured())
     assert "ours ste w4a16-g32" in both["models"]["llama"]["steps"]["candidates"]
     both = overhead.put(tmp_path / "added.json", "llama", "steps", fewer, add=True)["models"]["llama"]["steps"]
     assert list(both["candidates"]) == [*measured()["candidates"], "torchao w8a8"]
+    assert both["candidates"]["plain"]["peak"] == peak
     assert {name: c["rounds"] for name, c in both["candidates"].items()} == {
         **dict.fromkeys(measured()["candidates"], 3),
         "plain": 40,
@@ -218,6 +231,7 @@ def test_a_run_leaves_out_what_fails_and_keeps_the_rest():
     assert found["plain"]["ratio"] == 1.0
     assert found["plain, again"]["ratio"] != 1.0
     assert {c["rounds"] for c in found.values()} == {2}  # one after each start
+    assert sum(found["plain, again"]["by_start"]) / 2 == pytest.approx(found["plain, again"]["ratio"], abs=1e-4)
     assert "does not divide" in run.failed["ours ste w4a16-g48"]
     assert run.versions["torch"] == torch.__version__
 

@@ -29,7 +29,7 @@ def test_passes_of_the_formula():
     assert each("lsq", "w4a16-g32")[0] == paper.Passes(2 + 1 / 32, 3 + 9 / 32, 1, True)
     assert each("pege", "w4a16-g32")[0] == paper.Passes(2 + 1 / 32, 3 + 18 / 32, 1, True)
     element = each("pege", "w4a16-g32", theta="element")[0]
-    assert element.backward == 3 + 9 / 32 + 0.25 + 2 + 0.5
+    assert element.backward == 3 + 9 / 32 + 0.75
     weight, given = each("ste", "w8a8-static")
     assert (weight.backward, weight.again, weight.keeps) == (0, 2, False)
     assert weight.forward == 3  # its range is found first
@@ -91,7 +91,7 @@ def test_ablations_predict_what_they_add():
     assert whole.moved - guess["ours ste w4a16-g32 without recompute"].moved == pytest.approx(4000)
     for name, one in guess.items():
         base = guess[name.partition(" without ")[0]]
-        more = name.endswith(("kernels", "fusion", "sharing", "absmax", "masks", "w8a8 without C++")) or (
+        more = name.endswith(("kernels", "fusion", "sharing", "absmax", "masks", "turn", "w8a8 without C++")) or (
             name.endswith("g32 without together")  # 8-bit weights have nothing to read in backward
         )
         assert (one.moved > base.moved) == more, name

@@ -7,7 +7,7 @@ import torch
 from compressed_tensors.compressors import pack_to_int32
 from torch import nn
 
-from lightning_quant import AttachError, QuantConfig, attach, quantizer
+from lightning_quant import AttachError, QuantConfig, attach, encoding
 from lightning_quant.attach import quant_layers
 from lightning_quant.export import words
 
@@ -49,7 +49,7 @@ def test_rows_are_encoded_alike_however_many_at_a_time(monkeypatch, scheme, meth
         pytest.skip("the method does not take the scheme")
     found = {}
     for at_once in (2**21, 100):
-        monkeypatch.setattr(quantizer, "ELEMENTS", at_once)
+        monkeypatch.setattr(encoding, "ELEMENTS", at_once)
         for path, layer in quant_layers(layers):
             q, weight = layer.weight_quant, layer.folded()[0]
             parts = [t for t in (q.on_grid(weight), *q.stored(weight)) if isinstance(t, torch.Tensor)]

@@ -4,12 +4,14 @@ Every method starts from the same float checkpoint and sees the same data in the
 the learning rate that is best for it on a held-out part.  What is measured is the hard low-bit model on a test part.
 
     python examples/benchmarks/accuracy.py --data DIR            # the ladder; goes on where it stopped
+    python examples/benchmarks/accuracy.py --data DIR --all      # every method at every width: days of one core
     python examples/benchmarks/accuracy.py --quick               # digits and a small Llama, a quarter of an hour
     python examples/benchmarks/accuracy.py --search              # variants of PEGE's recipe, on digits and topics
     python examples/benchmarks/accuracy.py --search --tasks bert --methods "lam: 0"    # one of them, confirmed
     python examples/benchmarks/accuracy.py --tasks topics --budgets 0.01 0.1 1
     python examples/benchmarks/accuracy.py --list                # what there is to run, and what is left of it
     python examples/benchmarks/accuracy.py --table               # the tables of what is measured so far
+    python examples/benchmarks/accuracy.py --table --out MINE.json --against results/accuracy.json    # the same again?
 
 ``DIR`` holds ``tinyshakespeare/input.txt``, ``wikitext-2/valid.txt`` and ``test.txt``, and ``cifar10/train.parquet``
 and ``test.parquet``; tasks without their files are left out.  Runs are kept line by line in ``--store`` and never
@@ -21,6 +23,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.metadata
+import json
 import os
 import signal
 import sys
@@ -30,7 +33,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from ladder import plan
-from ladder.methods import ALL, CONFIRM_TASKS, METHODS, QUICK, SEARCH, SEARCH_TASKS
+from ladder.again import again
+from ladder.methods import ALL, CONFIRM_TASKS, CORE, CORE_SCHEMES, METHODS, SEARCH, SEARCH_TASKS
 from ladder.plan import Cell
 from ladder.pool import Pool, clock, say
 from ladder.store import Store
@@ -50,14 +54,18 @@ LIBRARIES = ("torch", "transformers", "scikit-learn", "datasets")
 def chosen(args: argparse.Namespace) -> list[Cell]:
     """The cells that the command line names."""
     if args.quick:
-        quick = [c for c in plan.ladder(args.tasks, None, list(QUICK), ["adamw"]) if c.method not in plan.ROUNDED]
-        schemes = {"digits": ("w2", "w1", "w2a2"), "topics": ("w2",)}
-        return [c for c in quick if c.scheme in (*schemes.get(c.task, ("w2",)), plan.FLOAT)]
+        return [c for c in core(args) if c.method not in plan.ROUNDED]
     if args.search:
         return plan.search(args.tasks, args.schemes, args.methods)
     if args.budgets:
         return plan.budgets(args.tasks, args.budgets, args.schemes, args.methods)
-    return plan.ladder(args.tasks, args.schemes, args.methods, args.optimizers)
+    return plan.ladder(args.tasks, args.schemes, args.methods, args.optimizers) if args.all else core(args)
+
+
+def core(args: argparse.Namespace) -> list[Cell]:
+    """What the table in README is of, as far as nothing else is asked for."""
+    cells = plan.ladder(args.tasks, args.schemes, args.methods or [*CORE], args.optimizers or ["adamw"])
+    return cells if args.schemes else [c for c in cells if c.scheme in (*CORE_SCHEMES[c.task], plan.FLOAT)]
 
 
 def every() -> list[Cell]:
@@ -109,12 +117,14 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="directory of the tasks' files")
     parser.add_argument("--device", default="cpu", help="for example cuda, with --workers 1 or 2")
     parser.add_argument("--full", action="store_true", help="ResNet-20 on all of CIFAR-10 instead of ResNet-8: a GPU's")
+    parser.add_argument("--all", action="store_true", help="every method at every width with both optimizers")
     parser.add_argument("--quick", action="store_true", help="few methods, digits and topics, in a store of its own")
     parser.add_argument("--search", action="store_true", help="variants of PEGE's recipe, on the tasks for searching")
     parser.add_argument("--budgets", nargs="+", type=float, choices=SHARES, help="shares of the float training's steps")
     parser.add_argument("--list", action="store_true", help="what would be run, and how long it takes")
     parser.add_argument("--table", action="store_true", help="print the tables of what is measured, and end")
     parser.add_argument("--plots", action="store_true", help="draw what is measured, and end")
+    parser.add_argument("--against", type=Path, help="other results: whether these say the same; exit status 1 if not")
     parser.add_argument("--store", type=Path)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--cache", type=Path, default=CACHE, help="float checkpoints")
@@ -157,6 +167,11 @@ def main(argv: list[str] | None = None) -> None:
     if not args.table:
         save(args.out, results)
         args.out.with_suffix(".md").write_text(leaderboard(results), encoding="utf-8")
+    if args.against:
+        there = json.loads(args.against.read_text(encoding="utf-8"))
+        text, same = again(results, there)
+        print(text)
+        sys.exit(not same)
     print(table(results))
 
 

@@ -53,8 +53,8 @@ def put(path: Path, name: str, kind: str, results: dict[str, Any], add: bool = F
         name: See ``part_name``.
         kind: ``steps`` or ``ablation``.
         results: What was measured.
-        add: Keep the candidates that were measured before and are not among these, if the settings are the same but for
-            the number of starts and of rounds.
+        add: Keep what was measured before and is not measured now (candidates, and of candidates peaks and shares), if
+            the settings are the same but for the number of starts and of rounds.
     """
     models = read(path)["models"]
     part = models.setdefault(name, {})
@@ -65,7 +65,9 @@ def put(path: Path, name: str, kind: str, results: dict[str, Any], add: bool = F
             raise SystemExit(f"--add: expected settings {then}, got others. Measure all of them anew.")
         for candidate in part[kind]["candidates"].values():
             candidate.setdefault("rounds", then["rounds"])
-        results = {**results, "candidates": {**part[kind]["candidates"], **results["candidates"]}}
+        held = part[kind]["candidates"]
+        new = {name: {**held.get(name, {}), **figures} for name, figures in results["candidates"].items()}
+        results = {**results, "candidates": {**held, **new}}
     part[kind] = results
     order = list(FAMILIES)
     models = dict(sorted(models.items(), key=lambda pair: (order.index(pair[0].split()[0]), pair[0])))

@@ -21,7 +21,9 @@ using at::Tensor;
 using V = at::vec::Vectorized<float>;
 
 constexpr int64_t LANES = V::size();
-constexpr int64_t AHEAD = 512;  // elements that memory is asked for in advance: products leave nothing in the caches
+#ifndef AHEAD
+#define AHEAD 512  // elements that memory is asked for in advance: products leave nothing in the caches
+#endif
 constexpr int64_t GRAIN = 16384;  // elements that are worth a thread
 
 enum Rule { STRAIGHT, SCALED, SURROGATE, SURROGATE_BYTES };  // the last: Theta in bytes, one for each element

@@ -75,7 +75,12 @@ METHODS: dict[str, Entry] = {
     "inq": Entry("inq", {}, ("w4", "w3")),
     "elq": Entry("elq", {}, ("w2", "w1.58", "w1")),
 }
-QUICK = ("ste", "pege", "lsq", "ewgs")
+CORE = ("ste", "pege", "lsq", "ewgs")  # what a ladder that ends within hours compares, on these schemes with AdamW
+CORE_SCHEMES = {
+    **dict.fromkeys(("digits", "bert", "cifar", "cifar-full"), ("w2", "w1", "w2a2")),
+    **dict.fromkeys(("shakespeare", "wikitext"), ("w2", "w3")),
+    "topics": ("w2",),
+}
 BUDGETED = ("ste", "pege", "lsq", "dampen", "pege_replace", "freeze")
 
 

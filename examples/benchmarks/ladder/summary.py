@@ -13,11 +13,12 @@ from ladder.stats import paired
 from ladder.store import FLOAT, Store, rounded
 from ladder.tasks import RATES, TASKS
 
-BASE = "ste"
+Rows = dict[str, dict[str, Any]]  # finished runs by seed and float checkpoint
+BASE, DEFAULT = "ste", "pege"  # what everything is compared with; what the front ends take if nothing is said
 NEAR_ZERO = 1e-9
 
 
-def rows_of(cell: Cell, store: Store, seeds: int) -> dict[str, dict[str, Any]]:
+def rows_of(cell: Cell, store: Store, seeds: int) -> Rows:
     """Finished runs at the chosen rate, by seed and float checkpoint: only what shares both is paired."""
     missing, best = cell.sweep(store)
     if missing or best is None:
@@ -34,8 +35,8 @@ def figure(row: dict[str, Any], name: str) -> float:
 def summary(cells: Iterable[Cell], store: Store, seeds: int) -> list[dict[str, Any]]:
     """Figures of every cell with at least one finished seed."""
     found = [(cell, rows) for cell in cells if (rows := rows_of(cell, store, seeds))]
-    bases = {place(cell): rows for cell, rows in found if cell.label == BASE}
-    return [entry(cell, rows, bases.get(place(cell)), store) for cell, rows in found]
+    bases = {(cell.label, place(cell)): rows for cell, rows in found if cell.label in (BASE, DEFAULT)}
+    return [entry(cell, rows, bases, store) for cell, rows in found]
 
 
 def place(cell: Cell) -> tuple[Any, ...]:
@@ -43,11 +44,9 @@ def place(cell: Cell) -> tuple[Any, ...]:
     return cell.part, cell.budget, cell.task, cell.optimizer, cell.scheme
 
 
-def entry(
-    cell: Cell, rows: dict[str, dict[str, Any]], base: dict[str, dict[str, Any]] | None, store: Store
-) -> dict[str, Any]:
-    """One cell's figures."""
-    counts = TASKS[cell.task].counts
+def entry(cell: Cell, rows: Rows, bases: dict[tuple[str, Any], Rows], store: Store) -> dict[str, Any]:
+    """One cell's figures, ``bases`` by label and place."""
+    counts, base = TASKS[cell.task].counts, bases.get((BASE, place(cell)))
     out: dict[str, Any] = {name: getattr(cell, name) for name in ("part", "task", "optimizer", "scheme", "label")}
     out |= {"method": cell.method, "options": dict(cell.options), "steps": cell.steps, "n": len(rows)}
     if cell.budget is not None:
@@ -66,6 +65,11 @@ def entry(
             if pair is not None:
                 out["against_ste" if name == counts else f"against_ste_{name}"] = pair._asdict()
         out["seconds"] = least(rows, "step") / least(base, "step") if cell.steps else None
+    default = bases.get((DEFAULT, place(cell)))
+    if default is not None and cell.label != DEFAULT:
+        pair = paired(column(rows, counts), column(default, counts), more_is_better=counts == "accuracy")
+        if pair is not None:
+            out["against_default"] = pair._asdict()
     if "bytes" in next(iter(rows.values())):
         out["bytes"] = next(iter(rows.values()))["bytes"]
     return rounded(out)
@@ -77,18 +81,18 @@ def at_edge(cell: Cell, lr: float, store: Store) -> bool:
     return bool(tried) and lr in (min(tried), max(tried))
 
 
-def column(rows: dict[str, dict[str, Any]], name: str) -> dict[Any, float]:
+def column(rows: Rows, name: str) -> dict[Any, float]:
     return {key: figure(row, f"test_{name}") for key, row in rows.items()}
 
 
-def least(rows: dict[str, dict[str, Any]], name: str) -> float:
+def least(rows: Rows, name: str) -> float:
     """Of times the smallest: what else runs on a machine only adds to them."""
     return min(row[name] for row in rows.values())
 
 
-def verdict(cell: dict[str, Any]) -> int:
-    """1, -1 or 0: better or worse than STE by more than the 95 % interval, or neither."""
-    pair = cell.get("against_ste")
+def verdict(cell: dict[str, Any], against: str = "against_ste") -> int:
+    """1, -1 or 0: better or worse than STE (or the default) by more than the 95 % interval, or neither."""
+    pair = cell.get(against)
     if not pair or pair["interval"] is None or pair["difference"] is None or abs(pair["difference"]) < NEAR_ZERO:
         return 0
     if abs(pair["difference"]) <= pair["interval"]:

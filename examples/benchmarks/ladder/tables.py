@@ -9,10 +9,9 @@ from typing import Any
 from ladder.methods import CONFIRM_TASKS, FIRST_SEED, SEARCH
 from ladder.plan import CONTROL, ORIGINAL
 from ladder.store import FLOAT
-from ladder.summary import BASE, verdict
+from ladder.summary import BASE, DEFAULT, verdict
 from ladder.tasks import TASKS
 
-DEFAULT = "pege"
 Cells = list[dict[str, Any]]
 
 
@@ -31,9 +30,9 @@ def intro(results: dict[str, Any]) -> str:
     return (
         f"{results['runs']} runs on {machine['processor']}, one thread each, torch {results['versions']['torch']}. All "
         "methods start from the same float checkpoint and see the same data in the same order for the same number of "
-        "steps, each at the learning rate that was best on a held-out part (the sweep goes on beyond its ends). Up to "
-        f"{n} paired seeds; +-: 95 % interval of the mean paired difference by Student's t; the hard low-bit model is "
-        "measured on a test part that no learning rate was chosen on. All cells: "
+        "steps, each at the learning rate whose loss on a held-out part was least (the sweep goes on beyond its ends). "
+        f"Up to {n} paired seeds; +-: 95 % interval of the mean paired difference by Student's t; the hard low-bit "
+        "model is measured on a test part that no learning rate was chosen on. All cells: "
         "[accuracy.md](examples/benchmarks/results/accuracy.md)."
     )
 
@@ -82,8 +81,10 @@ def default_table(cells: Cells) -> str:
                 best = min(here.values(), key=order(task))
                 cells_of = [task + " (confirmation)" * (task in CONFIRM_TASKS), scheme, optimizer]
                 cells_of += [mean(here[BASE]), gap(here.get(DEFAULT, {})), best["label"], mean(best), gap(best)]
+                cells_of.append(gap(best, "against_default"))
                 rows.append(cells_of)
     head = ["task", "scheme", "optimizer", "`ste`", f"`{DEFAULT}`: difference", "best", "its figure", "difference"]
+    head.append(f"to `{DEFAULT}`")
     return lines(head, rows) if rows else ""
 
 
@@ -102,9 +103,9 @@ def mean(cell: dict[str, Any], name: str | None = None) -> str:
     return f"{100 * cell[name]:.2f} %" if name == "accuracy" else f"{cell[name]:.4f}"
 
 
-def gap(cell: dict[str, Any]) -> str:
-    """The paired difference to STE, in bold where its interval leaves out 0."""
-    pair = cell.get("against_ste")
+def gap(cell: dict[str, Any], against: str = "against_ste") -> str:
+    """The paired difference to STE (or the default), in bold where its interval leaves out 0."""
+    pair = cell.get(against)
     if not pair:
         return ""
     if pair["difference"] is None:
@@ -113,7 +114,7 @@ def gap(cell: dict[str, Any]) -> str:
     text = f"{unit * pair['difference']:+.{digits}f}"
     if pair["interval"] is not None:
         text += f" +- {unit * pair['interval']:.{digits}f}"
-    return f"**{text}**" if verdict(cell) else text
+    return f"**{text}**" if verdict(cell, against) else text
 
 
 def floats_table(cells: Cells) -> str:

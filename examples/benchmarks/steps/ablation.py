@@ -26,7 +26,13 @@ def ablated(family: str) -> Candidates:
     """Plain training, each method whole, and each without what it has, one method at a time."""
     weights, both = FAMILIES[family].schemes[:2]
     found: Candidates = {"plain": BASELINES["plain"]}
-    for method, scheme in (("ste", weights), ("lsq", weights), ("pege", weights), ("ste", both)):
+    for method, scheme in (
+        ("ste", weights),
+        ("lsq", weights),
+        ("pege", weights),
+        ("pege element", weights),
+        ("ste", both),
+    ):
         name = f"ours {method} {scheme}"
         own = ours(method, scheme, compiled=True, group=f"{method} {scheme}")
         found[name] = own

@@ -12,7 +12,7 @@ which everything elementwise is one loop, as compilers make them,
 and a dynamic range adds one pass over a weight, none over an input, whose rows are still in the cache.  Scales of
 groups of n are 1/n of a pass whenever the tensor is read.  What is learned for a group adds (1 + 1 + 7)/n: backward
 reads it and writes its gradient; AdamW reads it, its gradient and two moments and writes three of them back.  Theta
-with one uint8 per element is read in backward, and its update reads gradient, weight and Theta and writes Theta.  So
+with one uint8 per element is read and written in backward; in a pass of its own, its update reads all of them again.  So
 with groups of 32, ste takes 2 + 3 + 1 + 2/32 passes over a weight, lsq 6 + 10/32, pege 6 + 19/32.
 
 Without such kernels every operation is a loop of its own: those passes are counted as the operations go by.  What stays
@@ -168,7 +168,7 @@ def _fused(q: FakeQuantizer, x: Tensor, again: float | None, first: float | None
     of_scales = 0.0 if any(p is q._parameters.get("scale") for p in learned) else scales
     backward = (GRADIENT + of_scales) * looks + shared * (1 + 1 + ADAM)
     if q.estimator.holds_elements:
-        backward += 1 / x.element_size() + 2 + 2 / x.element_size()
+        backward += 3 / x.element_size() + 2 * (q.turn is None)  # see ``FakeQuantizer.track_turn``
     forward = READ_WRITE + scales
     found = ranging(q, x) if first is None or not q.spec.dynamic else first
     return Passes(forward + found, backward, forward if again is None else again, looks)

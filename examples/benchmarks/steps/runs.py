@@ -137,7 +137,7 @@ class Run:
         Raises:
             RuntimeError: A baseline failed.  Others that do are listed in ``failed``.
         """
-        measured: dict[str, list[Round]] = {}
+        measured: dict[str, list[list[Round]]] = {}
         for (baseline, scheme), names in groups(self.candidates).items():
             step = self.together or max(len(names), 1)
             for start in range(0, max(len(names), 1), step):
@@ -146,12 +146,13 @@ class Run:
                     label = f"{baseline} {scheme}".strip() + f" {i + 1}/{self.starts}" * (self.starts > 1)
                     rounds = self.turns(label, baseline, some, look=i + 1 == self.starts)
                     for name in (baseline, *some):
-                        measured.setdefault(name, []).extend(r for r in rounds if name in r)
-        for name, rounds in measured.items():
-            if rounds and name not in self.failed:
+                        measured.setdefault(name, []).append([r for r in rounds if name in r])
+        for name, starts in measured.items():
+            if any(starts) and name not in self.failed:
                 against = self.candidates[name].get("baseline", name)
-                extra = self.found.get(name, {})
-                self.found[name] = {"baseline": against, **summary(rounds, name, against), **extra}
+                figures = summary([r for rounds in starts for r in rounds], name, against)
+                each = [summary(rounds, name, against)["ratio"] for rounds in starts if rounds]
+                self.found[name] = {"baseline": against, **figures, "by_start": each, **self.found.get(name, {})}
         if self.memory and not self.on_gpu:
             self.peaks([name for name in self.candidates if name in self.found])
         self.found = {name: self.found[name] for name in self.candidates if name in self.found}

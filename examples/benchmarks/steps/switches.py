@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lightning_quant import ESTIMATORS, controller, reuse, rounded_product
 from lightning_quant.attach import quantizers
 from lightning_quant.estimators import Deferred, native
+from lightning_quant.quantizer import FakeQuantizer
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Switch:
         change: What is changed in a model with quantizers.
         inputs: It concerns quantized inputs only.
         learning: It concerns methods that learn or schedule something.
+        elements: It concerns methods with state per element only.
     """
 
     without: str
@@ -40,6 +42,7 @@ class Switch:
     change: Callable[[nn.Module], None] | None = None
     inputs: bool = False
     learning: bool = False
+    elements: bool = False
 
 
 def _fill_each(tensors: list[Tensor], value: float | Tensor) -> None:
@@ -126,13 +129,26 @@ SWITCHES: dict[str, Switch] = {
         inputs=True,
     ),
     "masks": Switch("range masks where nothing lies outside, and so no sharing", change=_mask_everything, inputs=True),
+    "prefetch": Switch(
+        "memory asked for when it is read, and not before",
+        replaced=lambda: patch.object(native, "FLAGS", (*native.FLAGS, "-DAHEAD=0")),
+    ),
+    "turn": Switch(
+        "Theta per element moved in a pass of its own, behind backward",
+        replaced=lambda: patch.object(FakeQuantizer, "track_turn", FakeQuantizer.track_step),
+        elements=True,
+    ),
     "foreach": Switch("schedules and floors of scales set one by one", replaced=_one_by_one, learning=True),
 }
 
 
 def applying(method: str, scheme: str) -> list[str]:
-    """The switches that have something to do under a method and a scheme."""
-    rule = ESTIMATORS[method]()
+    """The switches that have something to do under a method and a scheme; of state per element those alone."""
+    name, *element = method.split()
+    if element:
+        return [name for name, s in SWITCHES.items() if s.elements]
+    rule = ESTIMATORS[name]()
     learns = rule.learns_scale or bool(rule.schedules())
     given = "a16" not in scheme
-    return [name for name, s in SWITCHES.items() if (given or not s.inputs) and (learns or not s.learning)]
+    shared = {name: s for name, s in SWITCHES.items() if not s.elements}
+    return [name for name, s in shared.items() if (given or not s.inputs) and (learns or not s.learning)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 from typing import Any
 
 from steps.models import title
@@ -33,7 +34,7 @@ def _steps(results: dict[str, Any]) -> str:
         who += f" ({_size(c)})" * (c is base and name != "plain")
         memory = f"{c['peak'] / base['peak']:.3f}" if "peak" in c else ""
         spread = f"{c['ratio_10']:.3f} to {c['ratio_90']:.3f}, {c.get('rounds', results['settings']['rounds'])}"
-        lines.append(f"| {who} | {scheme} | {c['ratio']:.3f} | [{spread}] | {memory} |")
+        lines.append(f"| {who} | {scheme} | {c['ratio']:.3f}{_error(c)} | [{spread}] | {memory} |")
     lines += [f"| {' | '.join(named(name))} | failed: {_cell(why)} | | |" for name, why in _failed(results)]
     if len({c.get("baseline", "plain") for c in found.values()}) > 1:
         lines += ["", "LoRA and checkpointing are compared with plain training of the same kind (1.000)."]
@@ -111,7 +112,13 @@ def _where(results: dict[str, Any]) -> str:
 
 def _starts(results: dict[str, Any]) -> str:
     starts = results["settings"].get("starts", 1)
-    return f", all interpreters started {starts} times" if starts > 1 else ""
+    said = f", all interpreters started {starts} times; +-: standard error of the mean of the starts' medians"
+    return said if starts > 1 else ""
+
+
+def _error(c: dict[str, Any]) -> str:
+    each = c.get("by_start", [])
+    return f" +- {statistics.stdev(each) / len(each) ** 0.5:.3f}" if len(each) > 1 and c["ratio"] != 1 else ""
 
 
 def _size(c: dict[str, Any]) -> str:
