@@ -12,7 +12,7 @@ which everything elementwise is one loop, as compilers make them,
 and a dynamic range adds one pass over a weight, none over an input, whose rows are still in the cache.  Scales of
 groups of n are 1/n of a pass whenever the tensor is read.  What is learned for a group adds (1 + 1 + 7)/n: backward
 reads it and writes its gradient; AdamW reads it, its gradient and two moments and writes three of them back.  Theta
-with one uint8 per element is read and written in backward; in a pass of its own, its update reads all of them again.  So
+with one uint8 per element is read and written in backward; in a pass of its own, its update reads all of it again.  So
 with groups of 32, ste takes 2 + 3 + 1 + 2/32 passes over a weight, lsq 6 + 10/32, pege 6 + 19/32.
 
 Without such kernels every operation is a loop of its own: those passes are counted as the operations go by.  What stays
