@@ -246,3 +246,12 @@ def test_models_are_the_published_ones():
     assert sum(p.numel() for p in resnet.parameters()) == 25_557_032
     assert sum(p.numel() for p in vit.parameters()) == 86_567_656
     assert sum(p.numel() for p in llama.parameters()) == 1_235_814_400
+
+
+def test_memory_alone_starts_nothing_else(monkeypatch):
+    run = Run({"plain": {"kind": "plain"}}, tiny(), rounds=0, warmup=0, profiled=False)
+    monkeypatch.setattr(run, "turns", None)
+    found = run.measure()
+    assert list(found) == ["plain"]
+    assert list(found["plain"]) == ["peak"]
+    assert found["plain"]["peak"] > 0

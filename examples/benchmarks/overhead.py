@@ -110,7 +110,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--compile-model", action="store_true", help="torch.compile of the whole model, plain and ours")
     parser.add_argument("--starts", type=int, default=3, help="how often all interpreters are started anew")
-    parser.add_argument("--rounds", type=int, default=5, help="after each start")
+    parser.add_argument("--rounds", type=int, default=5, help="after each start; 0 with --add: memory alone")
     parser.add_argument("--warmup", type=int, default=2, help="rounds that are not counted, after each start")
     parser.add_argument("--together", type=int, help="candidates beside one baseline at a time (on a GPU 1)")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -129,7 +129,7 @@ def measurement(args: argparse.Namespace) -> Run:
     given = {name: getattr(args, name) for family in FAMILIES.values() for name in family.sizes}
     own = sizes(args.model, args.device, {name: value for name, value in given.items() if value is not None})
     settings = {"model": args.model, **own, "threads": args.threads, "dtype": args.dtype, "device": args.device}
-    settings["compile_model"] = args.compile_model
+    settings |= {"compile_model": args.compile_model, "optimizer": "fused AdamW"}
     peers = peers_python(ROOT / ".venv-peers") if args.peers_venv else args.peers_python
     if args.ablate:
         from steps.ablation import ablated

@@ -100,7 +100,7 @@ class Run:
     Attributes:
         candidates: What is measured.
         settings: Of the model and the machine.
-        rounds: Rounds of turns that count, after each start.
+        rounds: Rounds of turns that count, after each start; 0: memory alone is measured.
         warmup: Rounds before them.
         starts: How often all interpreters are started anew; one may be faster than another by a hundredth, for as long
             as it lives.
@@ -142,7 +142,7 @@ class Run:
             step = self.together or max(len(names), 1)
             for start in range(0, max(len(names), 1), step):
                 some = names[start : start + step]
-                for i in range(self.starts):
+                for i in range(self.starts if self.rounds else 0):
                     label = f"{baseline} {scheme}".strip() + f" {i + 1}/{self.starts}" * (self.starts > 1)
                     rounds = self.turns(label, baseline, some, look=i + 1 == self.starts)
                     for name in (baseline, *some):
@@ -154,7 +154,7 @@ class Run:
                 each = [summary(rounds, name, against)["ratio"] for rounds in starts if rounds]
                 self.found[name] = {"baseline": against, **figures, "by_start": each, **self.found.get(name, {})}
         if self.memory and not self.on_gpu:
-            self.peaks([name for name in self.candidates if name in self.found])
+            self.peaks([name for name in self.candidates if name in self.found or not self.rounds])
         self.found = {name: self.found[name] for name in self.candidates if name in self.found}
         return self.found
 
@@ -201,7 +201,7 @@ class Run:
             worker = self._start(name, mapped=True)
             try:
                 worker.ask("step")  # creates the optimizer's state and calibrates
-                self.found[name]["peak"] = int(worker.ask("memory")["peak"])
+                self.found.setdefault(name, {})["peak"] = int(worker.ask("memory")["peak"])
             finally:
                 worker.close()
             say(f"memory {i}/{len(names)}  {name}: {self.found[name]['peak'] / 2**20:.0f} MiB")

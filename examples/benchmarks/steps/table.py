@@ -107,7 +107,8 @@ def named(name: str) -> tuple[str, str]:
 def _where(results: dict[str, Any]) -> str:
     s = results["settings"]
     threads = "" if s.get("device") == "cuda" else f", {s['threads']} threads"
-    return f"{title(s)}, AdamW) on {results['machine'].get('gpu') or results['machine']['processor']}{threads}"
+    where = results["machine"].get("gpu") or results["machine"]["processor"]
+    return f"{title(s)}, {s.get('optimizer', 'AdamW')}) on {where}{threads}"
 
 
 def _starts(results: dict[str, Any]) -> str:
