@@ -1,9 +1,9 @@
 """What fake quantization costs a training step, in time and in memory, ours and other libraries'.
 
-Every candidate trains the same model in an interpreter of its own.  Those of one scheme and their baseline (training
-in the same way without quantization) take steps in turn, one at a time, and all of them are started anew a few times; a
-figure is the median over rounds of a step's time divided by the baseline's of the same round.  ``plain, again`` is the
-baseline once more, as if it were a candidate: what it differs by from 1 is what this measurement can not see.
+Every candidate trains a model in an interpreter of its own, in which its baseline (training in the same way without
+quantization) has one as well; they take steps by turns, so that they share what differs between interpreters, and all
+is started anew a few times.  A figure is the median over rounds of a step's time divided by the baseline's of the same
+round.  ``plain, again`` is the baseline against itself: what it differs by from 1 is what this measurement can not see.
 Processor time is kept too: with ``--threads 1`` it hardly feels what else the machine is doing.  Memory is the peak of
 the resident set in one step over what was resident before the model was built, measured in a process of its own in
 which every tensor above 64 KiB is mapped and unmapped by itself; on a GPU times are between its own events, and memory
@@ -112,7 +112,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--starts", type=int, default=3, help="how often all interpreters are started anew")
     parser.add_argument("--rounds", type=int, default=5, help="after each start; 0 with --add: memory alone")
     parser.add_argument("--warmup", type=int, default=2, help="rounds that are not counted, after each start")
-    parser.add_argument("--together", type=int, help="candidates beside one baseline at a time (on a GPU 1)")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--only", nargs="+", help="keep candidates whose name holds one of these")
     parser.add_argument("--no-memory", action="store_true")
@@ -150,7 +149,6 @@ def measurement(args: argparse.Namespace) -> Run:
         peers,
         memory=not args.no_memory,
         profiled=not (args.no_profile or args.ablate or args.compile_model),
-        together=args.together or (1 if args.device == "cuda" else None),
     )
 
 

@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     varied = {name: tuple(getattr(args, name)) for name in VARIED}
     for point in points(varied, {name: getattr(args, f"base_{name}") for name in BASE}):
         say(f"{point}")
-        candidates = {"plain": BASELINES["plain"], **{n: {**c, "group": "ours"} for n, c in OURS.items()}}
+        candidates = {"plain": BASELINES["plain"], **OURS}
         settings = model_settings(point, args.threads)
         turns = Run(candidates, settings, args.rounds, args.warmup, memory=False, profiled=False)
         measured.append({"point": point, "measured": turns.measure()})

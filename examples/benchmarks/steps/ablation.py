@@ -34,7 +34,7 @@ def ablated(family: str) -> Candidates:
         ("ste", both),
     ):
         name = f"ours {method} {scheme}"
-        own = ours(method, scheme, compiled=True, group=f"{method} {scheme}")
+        own = ours(method, scheme, compiled=True)
         found[name] = own
         for switch in applying(method, scheme):
             found[f"{name} without {switch}"] = {**own, "without": switch}

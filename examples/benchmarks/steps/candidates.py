@@ -88,12 +88,3 @@ def chosen(all_of_them: Candidates, only: list[str] | None, peers: bool) -> Cand
     }
     needed = {c["baseline"] for c in kept.values()} | {"plain"}
     return {name: c for name, c in all_of_them.items() if name in kept or name in needed}
-
-
-def groups(found: Candidates) -> dict[tuple[str, str], list[str]]:
-    """Names by what runs in turn: a baseline, and the candidates of one scheme that are compared with it."""
-    together: dict[tuple[str, str], list[str]] = {}
-    for name, c in found.items():
-        if "baseline" in c:
-            together.setdefault((c["baseline"], c.get("group", c.get("scheme", ""))), []).append(name)
-    return together or {("plain", ""): []}

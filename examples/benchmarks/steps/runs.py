@@ -1,4 +1,4 @@
-"""Runs candidates in interpreters of their own, by turns, and sums up what they answer."""
+"""Runs candidates in interpreters of their own, by turns with their baselines, and sums up what they answer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from steps.candidates import Candidates, groups
+from steps.candidates import Candidates
 
 HERE = Path(__file__).resolve().parents[1]
 ROOT = HERE.parents[1]
@@ -27,10 +27,25 @@ def say(text: str) -> None:
 
 
 class Worker:
-    """A candidate's process; ``ask`` sends a command and waits for the answer."""
+    """A candidate's process; ``ask`` sends a command and waits for the answer.
+
+    Args:
+        name: Of the candidate.
+        candidate: What it is.
+        settings: Of the model and the machine.
+        python: Interpreter.
+        baseline: What it is compared with, which then has a model in the same process.
+        mapped: Map every larger tensor by itself.
+    """
 
     def __init__(
-        self, name: str, candidate: dict[str, Any], settings: dict[str, Any], python: str, mapped: bool = False
+        self,
+        name: str,
+        candidate: dict[str, Any],
+        settings: dict[str, Any],
+        python: str,
+        baseline: dict[str, Any] | None = None,
+        mapped: bool = False,
     ) -> None:
         environment = dict(os.environ, HF_HUB_OFFLINE="1", TQDM_DISABLE="1", TOKENIZERS_PARALLELISM="false")
         if mapped:
@@ -38,7 +53,7 @@ class Worker:
         self.name = name
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the process)
         self.process = subprocess.Popen(
-            [python, "-m", "steps.worker", json.dumps(candidate), json.dumps(settings)],
+            [python, "-m", "steps.worker", *map(json.dumps, (candidate, settings, baseline))],
             cwd=HERE,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -102,12 +117,10 @@ class Run:
         settings: Of the model and the machine.
         rounds: Rounds of turns that count, after each start; 0: memory alone is measured.
         warmup: Rounds before them.
-        starts: How often all interpreters are started anew; one may be faster than another by a hundredth, for as long
-            as it lives.
+        starts: How often all interpreters are started anew.
         peers: Interpreter of the peers.
         memory: Measure the peaks of memory.
         profiled: Let the profiler say which share of a step is ours.
-        together: Candidates that run by turns with one baseline at a time; None: all of a scheme.
         found: Candidate -> its figures.
         failed: Candidate -> the last line of its log.
         versions: Packages' versions.
@@ -121,7 +134,6 @@ class Run:
     peers: str | None = None
     memory: bool = True
     profiled: bool = True
-    together: int | None = None
     found: dict[str, dict[str, Any]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -132,21 +144,20 @@ class Run:
         return self.settings["device"] == "cuda"
 
     def measure(self) -> dict[str, dict[str, Any]]:
-        """Figures of everything, in the candidates' order; a baseline's are those of all its groups.
-
-        Raises:
-            RuntimeError: A baseline failed.  Others that do are listed in ``failed``.
-        """
+        """Figures of everything, in the candidates' order; those that fail are listed in ``failed``."""
         measured: dict[str, list[list[Round]]] = {}
-        for (baseline, scheme), names in groups(self.candidates).items():
-            step = self.together or max(len(names), 1)
-            for start in range(0, max(len(names), 1), step):
-                some = names[start : start + step]
-                for i in range(self.starts if self.rounds else 0):
-                    label = f"{baseline} {scheme}".strip() + f" {i + 1}/{self.starts}" * (self.starts > 1)
-                    rounds = self.turns(label, baseline, some, look=i + 1 == self.starts)
-                    for name in (baseline, *some):
-                        measured.setdefault(name, []).append([r for r in rounds if name in r])
+        pairs = {name: c["baseline"] for name, c in self.candidates.items() if "baseline" in c} if self.rounds else {}
+        for i, (name, baseline) in enumerate(pairs.items(), 1):
+            for start in range(1, self.starts + 1):
+                label = f"{i}/{len(pairs)} {name}, start {start}/{self.starts}"
+                try:
+                    rounds = self.turns(label, name, baseline, look=start == self.starts)
+                except RuntimeError as error:
+                    self.failed[name] = str(error).strip().splitlines()[-1]
+                    say(f"failed: {error}")
+                    break
+                for who in (baseline, name):
+                    measured.setdefault(who, []).append(rounds)
         for name, starts in measured.items():
             if any(starts) and name not in self.failed:
                 against = self.candidates[name].get("baseline", name)
@@ -158,47 +169,34 @@ class Run:
         self.found = {name: self.found[name] for name in self.candidates if name in self.found}
         return self.found
 
-    def turns(self, label: str, baseline: str, names: list[str], look: bool = True) -> list[Round]:
-        """Rounds in which the baseline steps twice and each candidate once, in an order that turns.
+    def turns(self, label: str, name: str, baseline: str, look: bool) -> list[Round]:
+        """Start an interpreter with a candidate and its baseline, and let either of them step first by turns.
 
         Args:
             label: Of the progress.
-            baseline: What all are compared with.
-            names: The candidates.
+            name: The candidate.
+            baseline: What it is compared with.
             look: Ask for shares (and a GPU's memory) at the end.
         """
-        workers: dict[str, Worker] = {}
-        measured: list[Round] = []
+        worker, measured = self._start(name, baseline), []
+        self.versions |= worker.facts["versions"]
         try:
-            names = [name for name in names if name not in self.failed]
-            for i, name in enumerate((baseline, *names)):
-                say(f"{label}: start {i}/{len(names)}  {name}")
-                self._trying(workers, name, name == baseline, lambda n=name: self._start(n))
             for r in range(-self.warmup, self.rounds):
-                others = [n for n in names if n in workers]
-                first, half = r % max(len(others), 1), len(others) // 2
-                turn = others[first:] + others[:first]
-                answers: Round = {}
-                for name in [baseline, *turn[:half], baseline, *turn[half:]]:
-                    answer = self._trying(workers, name, name == baseline, lambda n=name: workers[n].ask("step"))
-                    if answer is not None:
-                        answers.setdefault(name, []).append(answer)
-                if r >= 0:
-                    measured.append(answers)
-                seconds = statistics.median(a["wall"] for a in answers[baseline])
-                note = "" if r >= 0 else "  (warm-up)"
-                say(f"{label}: round {r + 1}/{self.rounds}  {baseline} {seconds:.3f} s{note}")
+                order = [("base", baseline), ("step", name)]
+                answers = {who: [worker.ask(command)] for command, who in (order if r % 2 else order[::-1])}
+                measured += [answers] * (r >= 0)
+                times = ", ".join(f"{answers[who][0]['wall']:.3f} s" for _, who in order)
+                say(f"{label}: round {r + 1}/{self.rounds}  {times}" + "  (warm-up)" * (r < 0))
             if look:
-                self._look(workers)
+                self._look(name, worker)
         finally:
-            for worker in workers.values():
-                worker.close()
+            worker.close()
         return measured
 
     def peaks(self, names: list[str]) -> None:
         """Peak bytes of a step, each in a process of its own in which every larger tensor is mapped by itself."""
         for i, name in enumerate(names, 1):
-            worker = self._start(name, mapped=True)
+            worker = self._start(name)
             try:
                 worker.ask("step")  # creates the optimizer's state and calibrates
                 self.found.setdefault(name, {})["peak"] = int(worker.ask("memory")["peak"])
@@ -206,37 +204,22 @@ class Run:
                 worker.close()
             say(f"memory {i}/{len(names)}  {name}: {self.found[name]['peak'] / 2**20:.0f} MiB")
 
-    def _start(self, name: str, mapped: bool = False) -> Worker:
+    def _start(self, name: str, baseline: str | None = None) -> Worker:
+        """Its process, with the baseline in it or for its memory alone."""
         candidate = self.candidates[name]
         python = self.peers if candidate["kind"] in ("torchao", "modelopt") else sys.executable
-        return Worker(name, candidate, self.settings, python or sys.executable, mapped)
+        beside = None if baseline is None else self.candidates[baseline]
+        return Worker(name, candidate, self.settings, python or sys.executable, beside, mapped=baseline is None)
 
-    def _trying(self, workers: dict[str, Worker], name: str, needed: bool, act: Any) -> Any:
-        """What ``act`` returns; a candidate that fails is noted and left out, and a baseline ends everything."""
-        try:
-            result = act()
-        except RuntimeError as error:
-            if needed:
-                raise
-            workers.pop(name, None)
-            self.failed[name] = str(error).strip().splitlines()[-1]
-            say(f"failed: {error}")
-            return None
-        if isinstance(result, Worker):
-            workers[name] = result
-            self.versions |= result.facts["versions"]
-        return result
-
-    def _look(self, workers: dict[str, Worker]) -> None:
+    def _look(self, name: str, worker: Worker) -> None:
         """Shares of what is ours, and on a GPU the peaks, which need no process of their own there."""
-        for name, worker in workers.items():
-            if self.memory and self.on_gpu:
-                self.found.setdefault(name, {})["peak"] = int(worker.ask("memory")["peak"])
-            if self.profiled and self.candidates[name]["kind"] == "ours":
-                try:
-                    self.found.setdefault(name, {})["share"] = worker.ask("profile")["shares"]
-                except RuntimeError as error:  # its times are there all the same
-                    say(f"no shares: {error}")
+        if self.memory and self.on_gpu:
+            self.found.setdefault(name, {})["peak"] = int(worker.ask("memory")["peak"])
+        if self.profiled and self.candidates[name]["kind"] == "ours":
+            try:
+                self.found.setdefault(name, {})["share"] = worker.ask("profile")["shares"]
+            except RuntimeError as error:  # its times are there all the same
+                say(f"no shares: {error}")
 
 
 def summary(measured: list[Round], name: str, baseline: str = "plain") -> dict[str, float]:

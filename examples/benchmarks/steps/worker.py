@@ -1,7 +1,7 @@
 """One candidate of ``overhead.py`` in an interpreter of its own: builds it, then takes a step whenever told to.
 
-Reads commands from stdin, one a line (``step``, ``memory``, ``profile``, ``quit``), and answers each with a line of
-JSON.
+Reads commands from stdin, one a line (``step``, ``base``: its baseline's, ``memory``, ``profile``, ``quit``), and
+answers each with a line of JSON.
 """
 
 from __future__ import annotations
@@ -223,7 +223,7 @@ def main() -> None:
     """Serve one candidate."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print goes to stderr
-    candidate, settings = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+    candidate, settings, baseline = map(json.loads, sys.argv[1:4])
     device = settings["device"]
     torch.set_num_threads(settings["threads"])
 
@@ -238,6 +238,7 @@ def main() -> None:
         tiny = {**settings, **FAMILIES[settings["model"]].tiny, "compile_model": False}
         build(candidate, tiny)[0]()  # what is imported or set up once is not the step's memory
         gc.collect()
+        base = None if baseline is None else build(baseline, settings)[0]
         start = resident(device)
         step, model, facts = build(candidate, settings)
         answer(**facts)
@@ -252,7 +253,7 @@ def main() -> None:
 
                 answer(shares=shares(model, step))
             else:
-                answer(**timed(step, device))
+                answer(**timed(base if base is not None and command == "base" else step, device))
 
 
 if __name__ == "__main__":
