@@ -112,9 +112,12 @@ def _where(results: dict[str, Any]) -> str:
 
 
 def _starts(results: dict[str, Any]) -> str:
-    starts = results["settings"].get("starts", 1)
-    said = f", all interpreters started {starts} times; +-: standard error of the mean of the starts' medians"
-    return said if starts > 1 else ""
+    own = [c for name, c in results["candidates"].items() if c.get("baseline", name) != name]
+    starts = sorted({len(c.get("by_start", "1")) for c in own} or {1})
+    said = (
+        f", interpreters started {' to '.join(map(str, dict.fromkeys((starts[0], starts[-1]))))} times; +-: standard "
+    )
+    return said + "error of the mean of the starts' medians" if starts[-1] > 1 else ""
 
 
 def _error(c: dict[str, Any]) -> str:
