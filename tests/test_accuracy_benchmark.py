@@ -312,6 +312,34 @@ def test_the_ladder_that_readme_shows_ends(tmp_path):
     assert {(c.label, c.scheme) for c in asked if c.scheme != "float"} == {("dsq", "w4")}
 
 
+def test_results_are_not_compared_with_themselves(filled, tmp_path, monkeypatch):
+    """What ``--against`` names is read before ``--out``, which may be the same file, is written."""
+    store, cells = filled
+    results = accuracy.summarised(cells, store, 3)
+    next(c for c in results["cells"] if c["label"] == "pege")["against_ste"]["difference"] = 1.0
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(results))
+    monkeypatch.setattr(accuracy, "chosen", lambda args: cells)
+    monkeypatch.setattr(accuracy, "every", lambda: cells)
+    monkeypatch.setattr(accuracy, "Pool", lambda *args: type("Done", (), {"measure": lambda *args: None}))
+    where = ["--store", str(store.path), "--out", str(path), "--against", str(path), "--tasks", "digits"]
+    with pytest.raises(SystemExit) as ended:
+        accuracy.main([*where, "--seeds", "3"])
+    assert ended.value.code
+
+
+def test_parts_of_a_text_are_of_one_kind(tmp_path):
+    task = replace(ladder.tasks.TASKS["shakespeare"], rows=(30, 10, 10), sizes={"vocab": 300, "tokens": 16})
+    (tmp_path / "tinyshakespeare").mkdir()
+    text = " ".join(f"word{i}" for i in range(600))
+    (tmp_path / task.files[0]).write_text(text)
+    data = task.read(task, tmp_path)
+    parts = [{tuple(row) for row in part[0].tolist()} for part in data]
+    assert [len(part) for part in parts] == [30, 10, 10]
+    assert len(set.union(*parts)) == 50
+    assert all((a == b).all() for a, b in zip(data.test, task.read(task, tmp_path).test, strict=True))
+
+
 def test_recovered_share_of_the_gap():
     def of(label, method, scheme, loss):
         return {"task": "topics", "part": "ladder", "label": label, "method": method, "scheme": scheme, "loss": loss}

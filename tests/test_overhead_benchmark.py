@@ -190,7 +190,7 @@ def test_tables_and_parts(tmp_path):
     twice["candidates"]["ours ste w4a16-g32"]["by_start"] = [1.01, 1.03]
     shown = overhead.table({"models": {"llama": {"steps": twice}}})
     assert "| ours ste | w4a16-g32 | 1.020 +- 0.010 |" in shown
-    assert "rounds, interpreters started 1 to 2 times; +-:" in shown
+    assert "rounds, interpreters started 2 times; +-:" in shown
     assert "| ours ste | w4a16-g32 | (nothing) | 2 MiB | 1.010 | 1.020 |" in rows
     assert (
         "| what was rounded is kept for backward | 2 MiB | 1.010 | 1.500 | [1.490 to 1.510] | 1.500 | 1.500 |" in rows

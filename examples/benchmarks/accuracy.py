@@ -11,7 +11,7 @@ the learning rate that is best for it on a held-out part.  What is measured is t
     python examples/benchmarks/accuracy.py --tasks topics --budgets 0.01 0.1 1
     python examples/benchmarks/accuracy.py --list                # what there is to run, and what is left of it
     python examples/benchmarks/accuracy.py --table               # the tables of what is measured so far
-    python examples/benchmarks/accuracy.py --table --out MINE.json --against results/accuracy.json    # the same again?
+    python examples/benchmarks/accuracy.py --data DIR --store MINE.jsonl --out MINE.json --against OTHER.json
 
 ``DIR`` holds ``tinyshakespeare/input.txt``, ``wikitext-2/valid.txt`` and ``test.txt``, and ``cifar10/train.parquet``
 and ``test.parquet``; tasks without their files are left out.  Runs are kept line by line in ``--store`` and never
@@ -147,6 +147,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parsed(argv)
     store, cells = Store(args.store), chosen(args)
+    there = json.loads(args.against.read_text(encoding="utf-8")) if args.against else None  # --out may be the same file
     if args.list:
         print(listed(args, cells, store))
         return
@@ -167,8 +168,7 @@ def main(argv: list[str] | None = None) -> None:
     if not args.table:
         save(args.out, results)
         args.out.with_suffix(".md").write_text(leaderboard(results), encoding="utf-8")
-    if args.against:
-        there = json.loads(args.against.read_text(encoding="utf-8"))
+    if there is not None:
         text, same = again(results, there)
         print(text)
         sys.exit(not same)

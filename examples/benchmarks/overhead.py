@@ -83,7 +83,7 @@ def read(path: Path) -> dict[str, Any]:
 def stamp(run: Run, found: dict[str, Any]) -> dict[str, Any]:
     """Results with when, where and with what they were measured."""
     place = machine()
-    if run.on_gpu:
+    if run.settings["device"] == "cuda":
         import torch
 
         place["gpu"] = torch.cuda.get_device_name()
@@ -129,6 +129,8 @@ def measurement(args: argparse.Namespace) -> Run:
     own = sizes(args.model, args.device, {name: value for name, value in given.items() if value is not None})
     settings = {"model": args.model, **own, "threads": args.threads, "dtype": args.dtype, "device": args.device}
     settings |= {"compile_model": args.compile_model, "optimizer": "fused AdamW"}
+    if not args.rounds and (args.ablate or not args.add):
+        raise SystemExit("--rounds 0: expected --add and no --ablate, got others. Memory alone is put beside times.")
     peers = peers_python(ROOT / ".venv-peers") if args.peers_venv else args.peers_python
     if args.ablate:
         from steps.ablation import ablated

@@ -21,9 +21,10 @@ using at::Tensor;
 using V = at::vec::Vectorized<float>;
 
 constexpr int64_t LANES = V::size();
-#ifndef AHEAD
-#define AHEAD 512  // elements that memory is asked for in advance: products leave nothing in the caches
+#ifndef LIGHTNING_QUANT_AHEAD
+#define LIGHTNING_QUANT_AHEAD 512
 #endif
+constexpr int64_t AHEAD = LIGHTNING_QUANT_AHEAD;  // elements that memory is asked for early: products fill the caches
 constexpr int64_t GRAIN = 16384;  // elements that are worth a thread
 
 enum Rule { STRAIGHT, SCALED, SURROGATE, SURROGATE_BYTES };  // the last: Theta in bytes, one for each element

@@ -1,4 +1,4 @@
-"""Whether a second measurement says what the first one said: its differences, and who is ahead of whom."""
+"""Whether a second measurement says what the first one said."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def again(now: dict[str, Any], then: dict[str, Any]) -> tuple[str, bool]:
         then: Those they are compared with; cells of one alone do not count.
     """
     before = {key(c): c for c in then["cells"]}
-    rows, same = [], True
+    rows = []
     for cell in now["cells"]:
         other = before.get(key(cell))
         if cell["label"] == BASE or other is None or not (_interval(cell) and _interval(other)):
             continue
         moved = abs(cell["against_ste"]["difference"] - other["against_ste"]["difference"])
         agrees = moved <= other["against_ste"]["interval"]
-        same = same and agrees
         names = [cell["task"], cell["scheme"], cell["optimizer"], cell["label"]]
         rows.append([*names, gap(other), gap(cell), "yes" if agrees else "**no**"])
     head = ["task", "scheme", "optimizer", "method", "then", "now", "within the interval"]
-    said = f"{sum(row[-1] == 'yes' for row in rows)} of {len(rows)} paired differences are found again."
-    return f"{said}\n\n{lines(head, rows)}", same and bool(rows)
+    found = sum(row[-1] == "yes" for row in rows)
+    said = f"{found} of {len(rows)} paired differences are found again."
+    return f"{said}\n\n{lines(head, rows)}", 0 < found == len(rows)
 
 
 def key(cell: dict[str, Any]) -> tuple[Any, ...]:

@@ -71,7 +71,8 @@ def scattered_data(task: Task, data: Path | None) -> Data:
 
     With its end held out, a longer float training looks like a worse one.
     """
-    text = read_text(str(data / task.files[0]) if data and task.files else None)
+    assert data is not None
+    text = read_text(str(data / task.files[0]))
     return split(task, (encoded(train_tokenizer(text, task.sizes["vocab"]), text, task.sizes["tokens"]),))
 
 

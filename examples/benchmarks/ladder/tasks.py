@@ -155,7 +155,7 @@ TASKS = {
         Task(
             **{**_LANGUAGE, "read": scattered_data},
             name="shakespeare",
-            about="the same Llama on tiny Shakespeare, trained until float gains no more",
+            about="the same Llama on tiny Shakespeare",
             files=("tinyshakespeare/input.txt",),
             rows=(3900, 200, 400),
             pretrain=3000,

@@ -37,8 +37,7 @@ def candidates(family: str, compile_model: bool = False) -> Candidates:
     methods = METHODS if family == "llama" else FEWER
     own = ("",) if compile_model else ("", " compiled") if family == "llama" else (" compiled",)
     found: Candidates = {"plain": BASELINES["plain"]}
-    if schemes:
-        found["plain, again"] = {**BASELINES["plain"], "scheme": schemes[0], "baseline": "plain"}
+    found["plain, again"] = {**BASELINES["plain"], "baseline": "plain"}
     for scheme in schemes:
         for method in methods[re.sub(r"-(g\d+|channel)$", "", scheme)]:
             for way in own:

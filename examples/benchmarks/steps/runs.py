@@ -138,11 +138,6 @@ class Run:
     failed: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def on_gpu(self) -> bool:
-        """Whether models are on a GPU."""
-        return self.settings["device"] == "cuda"
-
     def measure(self) -> dict[str, dict[str, Any]]:
         """Figures of everything, in the candidates' order; those that fail are listed in ``failed``."""
         measured: dict[str, list[list[Round]]] = {}
@@ -163,8 +158,9 @@ class Run:
                 against = self.candidates[name].get("baseline", name)
                 figures = summary([r for rounds in starts for r in rounds], name, against)
                 each = [summary(rounds, name, against)["ratio"] for rounds in starts if rounds]
-                self.found[name] = {"baseline": against, **figures, "by_start": each, **self.found.get(name, {})}
-        if self.memory and not self.on_gpu:
+                by_start = {} if against == name else {"by_start": each}
+                self.found[name] = {"baseline": against, **figures, **by_start, **self.found.get(name, {})}
+        if self.memory:
             self.peaks([name for name in self.candidates if name in self.found or not self.rounds])
         self.found = {name: self.found[name] for name in self.candidates if name in self.found}
         return self.found
@@ -176,7 +172,7 @@ class Run:
             label: Of the progress.
             name: The candidate.
             baseline: What it is compared with.
-            look: Ask for shares (and a GPU's memory) at the end.
+            look: Ask for shares at the end.
         """
         worker, measured = self._start(name, baseline), []
         self.versions |= worker.facts["versions"]
@@ -212,9 +208,7 @@ class Run:
         return Worker(name, candidate, self.settings, python or sys.executable, beside, mapped=baseline is None)
 
     def _look(self, name: str, worker: Worker) -> None:
-        """Shares of what is ours, and on a GPU the peaks, which need no process of their own there."""
-        if self.memory and self.on_gpu:
-            self.found.setdefault(name, {})["peak"] = int(worker.ask("memory")["peak"])
+        """Shares of what is ours."""
         if self.profiled and self.candidates[name]["kind"] == "ours":
             try:
                 self.found.setdefault(name, {})["share"] = worker.ask("profile")["shares"]

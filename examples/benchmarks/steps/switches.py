@@ -131,7 +131,7 @@ SWITCHES: dict[str, Switch] = {
     "masks": Switch("range masks where nothing lies outside, and so no sharing", change=_mask_everything, inputs=True),
     "prefetch": Switch(
         "memory asked for when it is read, and not before",
-        replaced=lambda: patch.object(native, "FLAGS", (*native.FLAGS, "-DAHEAD=0")),
+        replaced=lambda: patch.object(native, "FLAGS", (*native.FLAGS, "-DLIGHTNING_QUANT_AHEAD=0")),
     ),
     "turn": Switch(
         "Theta per element moved in a pass of its own, behind backward",

@@ -112,17 +112,15 @@ def _where(results: dict[str, Any]) -> str:
 
 
 def _starts(results: dict[str, Any]) -> str:
-    own = [c for name, c in results["candidates"].items() if c.get("baseline", name) != name]
-    starts = sorted({len(c.get("by_start", "1")) for c in own} or {1})
-    said = (
-        f", interpreters started {' to '.join(map(str, dict.fromkeys((starts[0], starts[-1]))))} times; +-: standard "
-    )
-    return said + "error of the mean of the starts' medians" if starts[-1] > 1 else ""
+    starts = sorted({len(c["by_start"]) for c in results["candidates"].values() if "by_start" in c} or {1})
+    often = " to ".join(map(str, dict.fromkeys((starts[0], starts[-1]))))
+    said = f", interpreters started {often} times; +-: standard error of the mean of the starts' medians"
+    return said if starts[-1] > 1 else ""
 
 
 def _error(c: dict[str, Any]) -> str:
     each = c.get("by_start", [])
-    return f" +- {statistics.stdev(each) / len(each) ** 0.5:.3f}" if len(each) > 1 and c["ratio"] != 1 else ""
+    return f" +- {statistics.stdev(each) / len(each) ** 0.5:.3f}" if len(each) > 1 else ""
 
 
 def _size(c: dict[str, Any]) -> str:
